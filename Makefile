@@ -32,7 +32,7 @@ check: $(VENV)/.dev  ## ruff (lint and format), mypy --strict, flake8-async
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/flake8 --select ASYNC comfyd tests benchmarks
+	$(BIN)/flake8 comfyd tests benchmarks
 
 format: $(VENV)/.dev  ## format and apply safe lint fixes
 	$(BIN)/ruff check --fix .
