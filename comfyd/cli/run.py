@@ -1,0 +1,48 @@
+"""``comfyd run``: the daemon."""
+
+import os
+import sys
+from typing import Final
+
+import structlog
+import trio
+
+from comfyd.config import load_config
+from comfyd.daemon import EXIT_GAVE_UP, run_daemon
+from comfyd.errors import BadConfiguration, StartupFailed
+from comfyd.host.environment import secret_values
+from comfyd.host.logging import configure_logging, register_secret
+
+log = structlog.get_logger("comfyd.daemon")
+
+EXIT_BAD_CONFIGURATION: Final = 2
+EXIT_BUG: Final = 70
+
+
+def run_command(*, embedded: bool) -> int:
+    """Run the daemon in this process until it stops; return its exit code."""
+    environ = dict(os.environ)
+    try:
+        config = load_config(environ, embedded=embedded)
+    except BadConfiguration as exc:
+        for fault in exc.faults:
+            sys.stderr.write(f"comfyd: {fault}\n")
+        return EXIT_BAD_CONFIGURATION
+    configure_logging(config.log)
+    for value in secret_values(environ):
+        register_secret(value)
+    try:
+        return trio.run(run_daemon, config, environ)
+    except Exception as exc:  # the outermost boundary: what is not a start-up failure is a bug
+        failures = _leaves(exc)
+        if all(isinstance(failure, StartupFailed) for failure in failures):
+            log.error("daemon.start_failed", reason="; ".join(str(failure) for failure in failures))  # noqa: TRY400
+            return EXIT_GAVE_UP
+        log.exception("daemon.bug")
+        return EXIT_BUG
+
+
+def _leaves(exc: BaseException) -> list[BaseException]:
+    if isinstance(exc, BaseExceptionGroup):
+        return [leaf for member in exc.exceptions for leaf in _leaves(member)]
+    return [exc]

@@ -1,0 +1,190 @@
+"""What a job is: the request, where it is on its way, and how it ended.
+
+accepted -> preparing -> queued -> running -> delivering -> succeeded. Preparing is passed over where there is nothing
+to prepare; a job whose engine was lost, or whose reported file is gone, goes back to queued; failed and cancelled can
+be reached from anywhere before an end.
+"""
+
+import time
+import uuid
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import trio
+
+from comfyd.engine import ExecutionTimes
+from comfyd.errors import Failure
+from comfyd.jobs.progress import Progress
+from comfyd.jobs.request import PromptRequest
+from comfyd.media.collect import OutputFile
+
+
+class JobState(Enum):
+    """Where a job is on its way."""
+
+    ACCEPTED = "accepted"
+    PREPARING = "preparing"
+    QUEUED = "queued"
+    RUNNING = "running"
+    DELIVERING = "delivering"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing comes after it."""
+        return self in _FINAL
+
+
+_FINAL: Final = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+_ENDS: Final = {JobState.FAILED, JobState.CANCELLED}
+_NEXT: Final[Mapping[JobState, frozenset[JobState]]] = {
+    JobState.ACCEPTED: frozenset({JobState.PREPARING, JobState.QUEUED} | _ENDS),
+    JobState.PREPARING: frozenset({JobState.QUEUED} | _ENDS),
+    JobState.QUEUED: frozenset({JobState.RUNNING} | _ENDS),
+    JobState.RUNNING: frozenset({JobState.QUEUED, JobState.DELIVERING} | _ENDS),
+    JobState.DELIVERING: frozenset({JobState.QUEUED, JobState.SUCCEEDED} | _ENDS),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset(),
+    JobState.CANCELLED: frozenset(),
+}
+
+
+@attrs.frozen(kw_only=True)
+class Stats:
+    """What took how long, in milliseconds."""
+
+    preprocess_time: float
+    queue_time: float
+    comfy_round_trip_time: float
+    postprocess_time: float
+    upload_time: float
+    total_time: float
+    attempts: int
+    times: ExecutionTimes
+
+    def as_dict(self) -> dict[str, Any]:
+        """The ``stats`` member of an answer."""
+        return {
+            "comfy_execution": {
+                "start": self.times.start_ms,
+                "end": self.times.end_ms,
+                "duration": round(self.times.end_ms - self.times.start_ms, 3),
+                "nodes": {
+                    node: {"start": t.start_ms, "duration": t.duration_ms} for node, t in self.times.nodes.items()
+                },
+            },
+            "preprocess_time": self.preprocess_time,
+            "comfy_round_trip_time": self.comfy_round_trip_time,
+            "postprocess_time": self.postprocess_time,
+            "upload_time": self.upload_time,
+            "queue_time": self.queue_time,
+            "total_time": self.total_time,
+            "attempts": self.attempts,
+        }
+
+
+@attrs.frozen(kw_only=True)
+class Success:
+    """The graph ran and its files are there. *graph* is the graph as it was queued."""
+
+    graph: Mapping[str, Any]
+    outputs: tuple[OutputFile, ...]
+    stats: Stats
+
+
+Outcome = Success | Failure
+
+
+@attrs.define
+class Clock:
+    """When a job passed its marks, by :func:`time.perf_counter`; stages of a second attempt add up."""
+
+    accepted: float = attrs.field(factory=time.perf_counter)
+    prepare_s: float = 0.0
+    queue_s: float = 0.0
+    engine_s: float = 0.0
+    collect_s: float = 0.0
+
+    def stats(self, *, attempts: int, times: ExecutionTimes) -> Stats:
+        """What the stages took so far."""
+        return Stats(
+            preprocess_time=_ms(self.prepare_s),
+            queue_time=_ms(self.queue_s),
+            comfy_round_trip_time=_ms(self.engine_s),
+            postprocess_time=_ms(self.collect_s),
+            upload_time=0.0,
+            total_time=_ms(time.perf_counter() - self.accepted),
+            attempts=attempts,
+            times=times,
+        )
+
+
+@attrs.define(eq=False)
+class Job:
+    """A prompt on its way through comfyd. Only :class:`comfyd.jobs.service.JobService` changes it."""
+
+    id: str
+    request: PromptRequest
+    digest: bytes
+    """Tells whether another request under the same id is the same request; empty if the caller gave no id."""
+    sequence: int
+    """Order of arrival."""
+    deadline: float = float("inf")
+    """Trio time at which the job has failed by time-out."""
+    internal: bool = False
+    """The daemon's own (warm-up): not counted, not idempotent."""
+    key: str = attrs.field(factory=lambda: uuid.uuid4().hex)
+    """Names the job's folder: unlike the id it is never used twice."""
+    state: JobState = JobState.ACCEPTED
+    attempts: int = 0
+    """How often it was handed to an engine."""
+    crashes: int = 0
+    """How many engines were lost under it."""
+    stale_runs: int = 0
+    """Runs in which a cached node reported a file that is gone."""
+    graph: dict[str, dict[str, Any]] = attrs.field(factory=dict)
+    """As it goes to the engine: inputs resolved, prefixes rewritten."""
+    prefixes: tuple[str, ...] = ()
+    """The rewritten prefixes: every file that the graph saves begins with one of them, or is reported by its node."""
+    reported: list[Mapping[str, Any]] = attrs.field(factory=list)
+    """What nodes have reported, over all attempts: the files in it are removed at the end."""
+    input_dir: Path | None = None
+    """The folder with the inputs that the job brought. Removed at the end."""
+    waiters: int = 0
+    """Callers that wait for the outcome or are being sent it."""
+    cleaned: bool = False
+    """Whether it was handed to the cleaning task."""
+    queued_at: float = 0.0
+    outcome: Outcome | None = None
+    clock: Clock = attrs.field(factory=Clock)
+    progress: Progress = attrs.field(factory=Progress)
+    changed: trio.Event = attrs.field(factory=trio.Event)
+    scope: trio.CancelScope | None = None
+    """What is to be cancelled if the job is, while somebody works on it."""
+
+    def move(self, state: JobState) -> None:
+        """Go on to *state*. Illegal moves are bugs and raise."""
+        if state not in _NEXT[self.state]:
+            raise RuntimeError(f"a job cannot go from {self.state.value} to {state.value}")
+        self.state = state
+        self.touch()
+
+    def touch(self) -> None:
+        """Make whoever watches the job look again."""
+        self.changed.set()
+        self.changed = trio.Event()
+
+    async def wait_final(self) -> Outcome:
+        """Wait for the outcome."""
+        while self.outcome is None:
+            await self.changed.wait()
+        return self.outcome
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)

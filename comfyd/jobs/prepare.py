@@ -1,0 +1,117 @@
+"""Writes the inputs that jobs bring to disk, outside of any engine's turn; and removes what jobs leave."""
+
+import time
+from pathlib import Path
+from typing import Final, NoReturn
+
+import attrs
+import structlog
+import trio
+
+from comfyd.config import MediaConfig
+from comfyd.errors import Failure, FailureKind
+from comfyd.host.logging import bind_job
+from comfyd.jobs.model import Job, JobState, Success
+from comfyd.jobs.service import JobService
+from comfyd.media.collect import records
+from comfyd.media.files import InputStore, remove_folder, remove_outputs
+from comfyd.media.inputs import Candidate, InvalidInputs, resolve_inputs
+
+log = structlog.get_logger("comfyd.jobs")
+
+_PREPARING_THREADS: Final = 4
+"""Decoding is bound by the processor and the disk; more at once would only take memory."""
+_CLEANING_AT_ONCE: Final = 256
+"""Jobs whose files are removed in one turn of the cleaning thread."""
+
+
+@attrs.define(eq=False)
+class Preparer:
+    """The preparing and the cleaning task's work, behind one limiter each."""
+
+    service: JobService
+    store: InputStore
+    limits: MediaConfig
+    output_dir: Path
+    _limiter: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(_PREPARING_THREADS))
+    _cleaning: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1))
+
+    async def serve_preparing(self) -> NoReturn:
+        """Prepare accepted jobs, several at once, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                while self.service.to_prepare:
+                    job, found = self.service.to_prepare.popleft()
+                    nursery.start_soon(self._prepare_and_enqueue, job, found)
+                await self.service.preparing.park()
+
+    async def _prepare_and_enqueue(self, job: Job, found: tuple[Candidate, ...]) -> None:
+        if job.outcome is not None:  # cancelled, and cleaned up, before its turn came
+            return
+        with bind_job(job.id, job.attempts):
+            await self.prepare(job, found)
+            if job.outcome is None:
+                self.service.enqueue(job)
+
+    async def prepare(self, job: Job, found: tuple[Candidate, ...]) -> None:
+        """Give each of the *found* inputs of *job* the value by which ComfyUI finds it, or end the job.
+
+        A thread cannot be cancelled: a job that is cancelled meanwhile is cleaned up when its thread is done.
+        """
+        began = time.perf_counter()
+        with trio.CancelScope() as job.scope:
+            try:
+                values, job.input_dir = await trio.to_thread.run_sync(
+                    resolve_inputs, found, self.store, job.key, self.limits, limiter=self._limiter
+                )
+                for (node_id, name), value in values.items():
+                    job.graph[node_id]["inputs"][name] = value
+            except InvalidInputs as exc:
+                job.input_dir = exc.folder
+                if job.outcome is None:
+                    self.service.finish(job, exc.failure, JobState.FAILED)
+            except OSError as exc:  # the disk is full, or gone: this job's end, and not the daemon's
+                log.error("job.inputs_not_written", reason=str(exc))  # noqa: TRY400  # a full story in one line
+                job.input_dir = self.store.root / job.key
+                if job.outcome is None:
+                    detail = f"the inputs could not be written to disk: {exc.strerror}"
+                    self.service.finish(job, Failure(kind=FailureKind.INTERNAL, detail=detail), JobState.FAILED)
+        job.scope = None
+        job.clock.prepare_s += time.perf_counter() - began
+        if job.outcome is not None:
+            self.service.clean_if_done(job)
+
+    async def serve_cleaning(self) -> NoReturn:
+        """Remove the files of jobs that have ended and been delivered, until cancelled."""
+        while True:
+            await self.clean()
+            await self.service.cleaning.park()
+
+    async def clean(self) -> None:
+        """Remove the files of the jobs that wait for it."""
+        waiting = self.service.to_clean
+        while waiting:
+            some = [waiting.popleft() for _ in range(min(len(waiting), _CLEANING_AT_ONCE))]
+            shared = {job.key: self.service.prefixes_of_others(job) for job in some if _may_have_left_more(job)}
+            await trio.to_thread.run_sync(self._remove, some, shared, limiter=self._cleaning)
+
+    def _remove(self, jobs: list[Job], shared: dict[str, frozenset[str]]) -> None:
+        for job in jobs:
+            if job.input_dir is not None:
+                remove_folder(job.input_dir)
+            try:
+                made = {
+                    record.path
+                    for reported in job.reported
+                    for record in records(job.graph, reported, self.output_dir)
+                    if record.path is not None
+                }
+                prefixes = [p for p in job.prefixes if p not in shared[job.key]] if job.key in shared else []
+                remove_outputs(self.output_dir, made, prefixes, job_id=job.id)
+            except OSError as exc:
+                log.error("job.files_left", job_id=job.id, reason=str(exc))  # noqa: TRY400  # a full story in one line
+
+
+def _may_have_left_more(job: Job) -> bool:
+    """Whether *job* may have written files that no node reported: it ran, and did not simply succeed."""
+    return job.attempts > 0 and not (isinstance(job.outcome, Success) and job.attempts == 1)

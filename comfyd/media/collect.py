@@ -1,0 +1,106 @@
+"""From what nodes reported to files that can be delivered, in an order that never changes."""
+
+import mimetypes
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from comfyd.media.files import confined
+
+_MORE_TYPES: Final = {
+    ".webp": "image/webp",
+    ".avif": "image/avif",
+    ".flac": "audio/flac",
+    ".opus": "audio/ogg",
+    ".mkv": "video/x-matroska",
+    ".glb": "model/gltf-binary",
+    ".gltf": "model/gltf+json",
+    ".safetensors": "application/octet-stream",
+    ".latent": "application/octet-stream",
+    ".exr": "image/x-exr",
+}
+
+
+@attrs.frozen(kw_only=True)
+class Record:
+    """A file that a node reported, and where it has to be. *path* is None if that is outside of OUTPUT_DIR."""
+
+    node_id: str
+    filename: str
+    path: Path | None
+
+
+@attrs.frozen(kw_only=True)
+class OutputFile:
+    """A file that the graph made and that is there. *path* never leaves the daemon."""
+
+    path: Path
+    filename: str
+    node_id: str
+    media_type: str
+    size_bytes: int
+
+
+@attrs.frozen(kw_only=True)
+class Collection:
+    """What came of a node's reports: *found* in delivery order, *missing* and *refused* as ``(node id, name)``."""
+
+    found: tuple[OutputFile, ...]
+    missing: tuple[tuple[str, str], ...]
+    refused: tuple[tuple[str, str], ...]
+
+
+def collect(graph: Mapping[str, Any], outputs: Mapping[str, Mapping[str, Any]], output_dir: Path) -> Collection:
+    """Find every reported file. Blocks: it looks at the disk.
+
+    Order: the graph's nodes as the caller wrote them, then each node's own order. A file that is reported twice is
+    delivered once, at its first place.
+    """
+    found: dict[Path, OutputFile] = {}
+    missing: list[tuple[str, str]] = []
+    refused: list[tuple[str, str]] = []
+    for record in records(graph, outputs, output_dir):
+        if record.path is None:
+            refused.append((record.node_id, record.filename))
+            continue
+        try:
+            size_bytes = record.path.stat().st_size if record.path.is_file() else None
+        except OSError:
+            size_bytes = None
+        if size_bytes is None:
+            missing.append((record.node_id, record.filename))
+        elif record.path not in found:
+            found[record.path] = OutputFile(
+                node_id=record.node_id,
+                filename=record.filename,
+                path=record.path,
+                media_type=media_type(record.filename),
+                size_bytes=size_bytes,
+            )
+    return Collection(found=tuple(found.values()), missing=tuple(missing), refused=tuple(refused))
+
+
+def records(graph: Mapping[str, Any], outputs: Mapping[str, Mapping[str, Any]], output_dir: Path) -> Iterator[Record]:
+    """Walk over the file-like records of *outputs*: anything with a ``filename``, under any key of any node.
+
+    Custom nodes use keys of their own (``gifs``, ``result``, ...). Files of type ``temp`` are previews and ``input``
+    files are not made by the job; both are passed over.
+    """
+    order = {node_id: place for place, node_id in enumerate(graph)}
+    for node_id in sorted(outputs, key=lambda node: (order.get(node, len(order)), node)):
+        for items in outputs[node_id].values():
+            for item in items if isinstance(items, list) else ():
+                if not isinstance(item, dict) or item.get("type", "output") != "output":
+                    continue
+                filename, subfolder = item.get("filename"), item.get("subfolder") or ""
+                if isinstance(filename, str) and filename and isinstance(subfolder, str):
+                    path = confined(output_dir, subfolder, filename)
+                    yield Record(node_id=node_id, filename=Path(filename).name, path=path)
+
+
+def media_type(filename: str) -> str:
+    """The media type that *filename*'s ending stands for; ``application/octet-stream`` if it is not known."""
+    ending = Path(filename).suffix.lower()
+    return _MORE_TYPES.get(ending) or mimetypes.types_map.get(ending) or "application/octet-stream"

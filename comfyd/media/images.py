@@ -1,0 +1,48 @@
+"""Looking at pictures with libvips, before anybody decodes them. Blocks: called in threads only.
+
+libvips is imported when the first picture is looked at: a daemon that is never sent one need not hold it in memory.
+"""
+
+import logging
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+# What libvips itself opens; the rest (ICO, EXR, HEIC) is left for ComfyUI to judge.
+CHECKED: Final = frozenset({"image/png", "image/jpeg", "image/gif", "image/webp", "image/tiff", "image/avif"})
+
+
+class UnreadablePicture(ValueError):
+    """A file that begins like a picture and is none."""
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels, of the whole film strip if it is animated, from the header alone.
+
+    Raises:
+        UnreadablePicture: the header makes no sense.
+    """
+    vips = libvips()
+    try:
+        image = vips.Image.new_from_file(os.fspath(path), access="sequential")
+        pages = image.get("n-pages") if "n-pages" in image.get_fields() else 1
+        return image.width, image.height * pages
+    except vips.Error as exc:
+        raise UnreadablePicture("it is damaged, or not the picture that it begins like") from exc
+
+
+@cache
+def libvips() -> Any:
+    """Give pyvips, set up for pictures that strangers made."""
+    # Set before libvips is loaded: our parallelism is several pictures at once, not several threads for one.
+    os.environ.setdefault("VIPS_CONCURRENCY", "1")
+    import pyvips
+
+    logging.getLogger("pyvips").setLevel(logging.ERROR)  # what it warns of is the caller's picture, and told to them
+    pyvips.cache_set_max(0)  # no two calls are about the same picture; a cache would only hold files open
+    # What a caller sends is opened by the plain loaders only: SVG, PDF and the like can do more than show pixels.
+    pyvips.operation_block_set("VipsForeignLoad", True)
+    for loader in ("Png", "Jpeg", "Nsgif", "Webp", "Tiff", "Heif"):
+        pyvips.operation_block_set(f"VipsForeignLoad{loader}", False)
+    return pyvips
