@@ -7,6 +7,8 @@ import structlog
 from daemon_support import Daemon, running_daemon
 from structlog.testing import LogCapture
 
+pytest_plugins = ["storage_fixtures"]
+
 
 @pytest.fixture(scope="session")
 def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
