@@ -26,6 +26,8 @@ from comfyd.host.command import (
     given_command,
 )
 from comfyd.host.environment import child_environment, shown
+from comfyd.net.policy import UrlPolicy
+from comfyd.storage.s3_config import S3Config
 from comfyd.variables import MEBIBYTE, SYSTEM_META_PREFIX, VARIABLES
 from comfyd.wire import decode_json, quoted
 
@@ -193,6 +195,8 @@ class Config:
     engine: EngineConfig
     jobs: JobsConfig
     media: MediaConfig
+    urls: UrlPolicy
+    s3: S3Config
     webhooks: WebhooksConfig
     workflows: WorkflowsConfig
     log: LogConfig
@@ -217,6 +221,8 @@ def load_config(environ: Mapping[str, str], *, embedded: bool = False, root: Pat
     engine = _read_engine(reading, state_dir, root)
     warmup_prompt = _read_warmup(reading)
     reading.settle("LOG_FORMAT", "text" if _stderr_is_terminal() else "json")
+    s3 = _read_s3(reading)
+    reading.settle("URL_ALLOW", ())
     if reading.faults or engine is None:
         raise BadConfiguration(tuple(reading.faults))
     metadata = {
@@ -229,6 +235,8 @@ def load_config(environ: Mapping[str, str], *, embedded: bool = False, root: Pat
         engine=engine,
         jobs=JobsConfig(**reading.group("jobs"), warmup_prompt=warmup_prompt),
         media=MediaConfig(**reading.group("media")),
+        urls=UrlPolicy(mode=reading.values["URL_POLICY"], allow=reading.settle("URL_ALLOW", ())),
+        s3=s3,
         webhooks=WebhooksConfig(**reading.group("webhooks"), system_metadata=metadata),
         workflows=WorkflowsConfig(**reading.group("workflows")),
         log=LogConfig(**reading.group("log")),
@@ -438,6 +446,14 @@ def _problem_of(graph: Any) -> str | None:
         if not isinstance(node.get("inputs", {}), dict):
             return f"the inputs of node {quoted(node_id)} are not an object"
     return None
+
+
+def _read_s3(reading: _Reading) -> S3Config:
+    try:
+        return S3Config.from_environment(reading.environ)
+    except BadConfiguration as exc:
+        reading.faults.extend(exc.faults)
+        return S3Config()
 
 
 def _read_state_dir(reading: _Reading) -> Path | None:

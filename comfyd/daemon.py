@@ -10,7 +10,7 @@
 """
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Final, NoReturn
 
@@ -19,18 +19,20 @@ import structlog
 import trio
 
 from comfyd import __version__
-from comfyd.config import Config
+from comfyd.config import Config, HttpConfig
 from comfyd.engine.supervisor import SupervisorConfig, supervise_engine
 from comfyd.errors import EngineError, Failure, FailureKind, StartupFailed
 from comfyd.host.environment import child_environment
-from comfyd.http.app import ComfydApp
-from comfyd.http.server import HttpServerConfig, serve_http
 from comfyd.jobs import JobService, ServiceConfig, serve_jobs
+from comfyd.storage import S3Store
 
 log = structlog.get_logger("comfyd.daemon")
 
 EXIT_STOPPED: Final = 0
 EXIT_GAVE_UP: Final = 1
+LAUNCH_HEAD_START_S: Final = 0.25
+"""How long the import of the HTTP stack waits for the engine's process to be launched, so that the two overlap. Not
+longer: the probes of a balancer should be answered from the first moment, also if the engine cannot be started."""
 HTTP_STOP_GRACE_S: Final = 1.0
 """For what is still being answered once every job has ended: the drain has waited for all answers that clients read."""
 
@@ -77,24 +79,22 @@ async def run_tree(config: Config, environ: Mapping[str, str], shutdown: Shutdow
     engine_config = SupervisorConfig(
         engine=config.engine, env=lambda port: child_environment(environ, config.engine, port=port)
     )
-    service_config = ServiceConfig(jobs=config.jobs, media=config.media)
-    http_config = HttpServerConfig(
-        host=config.http.host,
-        port=config.http.port,
-        max_body_bytes=config.http.max_body_bytes,
-        stop_grace_s=HTTP_STOP_GRACE_S,
-    )
+    service_config = ServiceConfig(jobs=config.jobs, media=config.media, urls=config.urls)
+    s3 = S3Store(config=config.s3)
     stop_http = trio.Event()
     async with trio.open_nursery() as engines:
         engine = await engines.start(supervise_engine, engine_config, shutdown.engine_gave_up)
         async with trio.open_nursery() as jobs:
             service: JobService = await jobs.start(
-                partial(serve_jobs, service_config, engine, config.engine.input_dir, config.engine.output_dir)
+                partial(serve_jobs, service_config, engine, config.engine.input_dir, config.engine.output_dir, s3)
             )
+            with trio.move_on_after(LAUNCH_HEAD_START_S):
+                while not engine.processes:
+                    await engine.wait_changed()
             try:
                 async with trio.open_nursery() as http:
-                    app = ComfydApp(service, config.http.max_body_bytes)
-                    url: str = await http.start(serve_http, app, http_config, stop_http)
+                    serve = await trio.to_thread.run_sync(_load_http, service, config.http)
+                    url: str = await http.start(serve, stop_http)
                     log.info("daemon.listening", url=url)
                     await shutdown.asked.wait()
                     await drain(service, config.jobs.drain_timeout_s)
@@ -102,7 +102,19 @@ async def run_tree(config: Config, environ: Mapping[str, str], shutdown: Shutdow
             finally:
                 engine.let_go()
             jobs.cancel_scope.cancel("HTTP has stopped")
+        s3.close()
         engines.cancel_scope.cancel("jobs have stopped")
+
+
+def _load_http(service: JobService, config: HttpConfig) -> Callable[..., Awaitable[None]]:
+    """Make the HTTP service. Importing it takes a third of a second, during which the engine is starting already."""
+    from comfyd.http.app import ComfydApp
+    from comfyd.http.server import HttpServerConfig, serve_http
+
+    server_config = HttpServerConfig(
+        host=config.host, port=config.port, max_body_bytes=config.max_body_bytes, stop_grace_s=HTTP_STOP_GRACE_S
+    )
+    return partial(serve_http, ComfydApp(service, config.max_body_bytes), server_config)
 
 
 async def drain(service: JobService, timeout_s: float) -> None:

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 import attrs
 
+from comfyd.net.policy import ALLOW_FORMS, PolicyMode, parse_allow, parse_mode
+
 MEBIBYTE: Final = 1024 * 1024
 SYSTEM_META_PREFIX: Final = "SYSTEM_META_"
 SYSTEM_EVENTS: Final = (
@@ -187,6 +189,14 @@ EVENTS: Final = Kind(
 )
 NAMES: Final = Kind(allowed="a comma separated list of variable names", parse=_parse_names, show=_comma)
 PORT: Final = whole_number(0, 65_535)
+
+
+URL_MODE: Final = Kind(
+    allowed=", ".join(mode.value for mode in PolicyMode), parse=parse_mode, show=lambda mode: str(mode.value)
+)
+URL_ALLOWED: Final = Kind(
+    allowed=ALLOW_FORMS, parse=parse_allow, show=lambda entries: _comma(entry.text for entry in entries)
+)
 
 
 def _state_folder(text: str) -> Path | None:
@@ -384,6 +394,20 @@ VARIABLES: Final[tuple[Variable, ...]] = (
         target="media.max_input_megapixels",
         default="268",
         meaning="largest input picture, in millions of pixels",
+    ),
+    Variable(
+        name="URL_POLICY",
+        kind=URL_MODE,
+        target="urls.mode",
+        default="guarded",
+        meaning="which addresses a URL of a caller may lead to",
+    ),
+    Variable(
+        name="URL_ALLOW",
+        kind=URL_ALLOWED,
+        target="urls.allow",
+        default_note="(none)",
+        meaning="hosts, host:port and networks that are allowed whatever the policy",
     ),
     Variable(
         name="PROMPT_WEBHOOK_RETRIES",

@@ -23,7 +23,7 @@ from comfyd.engine import (
 )
 from comfyd.engine.client import EngineClient
 from comfyd.errors import EngineError, EngineLost
-from comfyd.jobs import Job, JobService, PromptRequest, ServiceConfig
+from comfyd.jobs import Job, JobService, Request, ServiceConfig
 
 CLASSES = NodeClasses(
     names=frozenset({"EmptyImage", "LoadImage", "SaveImage", "PreviewImage", "PrimitiveString", "StringConcatenate"}),
@@ -43,9 +43,9 @@ def graph(prefix: Any = "pic", **more: Any) -> dict[str, Any]:
     }
 
 
-def request(prompt: Mapping[str, Any] | None = None, **fields: Any) -> PromptRequest:
+def request(prompt: Mapping[str, Any] | None = None, **fields: Any) -> Request:
     """A request for *prompt*, by default :func:`graph`."""
-    return PromptRequest(prompt=dict(graph() if prompt is None else prompt), **fields)
+    return Request(prompt=dict(graph() if prompt is None else prompt), **fields)
 
 
 def make_job(job_id: str = "job", *, priority: int = 0, sequence: int = 1, **fields: Any) -> Job:

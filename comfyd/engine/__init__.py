@@ -4,7 +4,7 @@ from comfyd.engine.attempt import Completed, Execution, ExecutionTimes, Interrup
 from comfyd.engine.client import Refusal
 from comfyd.engine.engine import Engine, EngineState, Submission
 from comfyd.engine.messages import EngineEvent
-from comfyd.engine.object_info import MediaInput, MediaKind, NodeClasses
+from comfyd.engine.object_info import MediaInput, MediaKind, NodeClasses, is_link
 
 __all__ = [
     "Completed",
@@ -22,4 +22,5 @@ __all__ = [
     "Refusal",
     "Refused",
     "Submission",
+    "is_link",
 ]

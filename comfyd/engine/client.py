@@ -11,6 +11,7 @@ import attrs
 import httpx
 import msgspec
 
+from comfyd.engine.submit_link import SubmitLink
 from comfyd.errors import EngineUnavailable
 
 # Few connections: one runner submits, and control calls (interrupt, history) are rare. A long list would cost time,
@@ -51,12 +52,15 @@ class EngineClient:
             trust_env=False,  # the engine is our child on this machine: never through a proxy
             follow_redirects=False,
         )
+        url = httpx.URL(base_url)
+        self._submit = SubmitLink(host=url.host, port=url.port or 80, path="/prompt")
 
     async def __aenter__(self) -> Self:
         await self._http.__aenter__()
         return self
 
     async def __aexit__(self, *exc_info: Any) -> None:
+        self._submit.end()
         await self._http.aclose()
 
     async def system_stats(self) -> dict[str, Any]:
@@ -91,9 +95,9 @@ class EngineClient:
         body = msgspec.json.encode(
             {"prompt": prompt, "prompt_id": prompt_id, "client_id": client_id, "extra_data": extra_data}
         )
-        response = await self._request("POST", "/prompt", content=body)
-        if response.status_code == 200:
-            node_errors = _object(_json(response)).get("node_errors")
+        answer = await self._submit.post(body)
+        if answer.status == 200:
+            node_errors = _object(_json(answer.body)).get("node_errors")
             if not node_errors:
                 return None
             return Refusal(
@@ -105,25 +109,25 @@ class EngineClient:
                 node_errors=_object(node_errors),
                 may_be_queued=True,
             )
-        if response.status_code == 400:
-            answer = _object(_json(response))
-            error = answer.get("error")
+        if answer.status == 400:
+            refusal = _object(_json(answer.body))
+            error = refusal.get("error")
             return Refusal(
                 error=error if isinstance(error, dict) else {"type": "invalid_prompt", "message": str(error)},
-                node_errors=_object(answer.get("node_errors") or {}),
+                node_errors=_object(refusal.get("node_errors") or {}),
             )
-        if response.status_code == 413:
+        if answer.status == 413:
             return Refusal(
                 error={"type": "prompt_too_large", "message": "The graph is larger than the engine takes"},
                 node_errors={},
             )
-        if response.status_code >= 500:  # a custom node's own validation raised, or the graph's shape surprised ComfyUI
+        if answer.status >= 500:  # a custom node's own validation raised, or the graph's shape surprised ComfyUI
             return Refusal(
-                error={"type": "engine_error", "message": f"The engine failed on the graph ({response.status_code})"},
+                error={"type": "engine_error", "message": f"The engine failed on the graph ({answer.status})"},
                 node_errors={},
                 may_be_queued=True,
             )
-        raise EngineUnavailable(f"the engine answered POST /prompt with status {response.status_code}")
+        raise EngineUnavailable(f"the engine answered POST /prompt with status {answer.status}")
 
     async def history(self, prompt_id: str) -> dict[str, Any] | None:
         """``GET /history/<id>``: the finished prompt's entry, or None while there is none."""
@@ -158,7 +162,7 @@ class EngineClient:
         response = await self._request("GET", path)
         if response.status_code != 200:
             raise EngineUnavailable(f"the engine answered GET {path} with status {response.status_code}")
-        return _json(response)
+        return _json(response.content)
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> None:
         response = await self._request("POST", path, content=msgspec.json.encode(body))
@@ -175,9 +179,9 @@ class EngineClient:
             raise EngineUnavailable(f"{method} {path}: {str(exc) or type(exc).__name__}") from exc
 
 
-def _json(response: httpx.Response) -> Any:
+def _json(body: bytes) -> Any:
     try:
-        return msgspec.json.decode(response.content)
+        return msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError) as exc:
         raise EngineUnavailable(f"the engine's answer is not JSON: {exc}") from exc
 

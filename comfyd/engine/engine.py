@@ -62,6 +62,8 @@ class Engine:
     warm: bool = False
     """Whether its warm-up is done, in this life of the process."""
     was_ever_warm: bool = False
+    processes: int = 0
+    """How many processes were started for it."""
     last_failure: str | None = None
     node_classes: NodeClasses | None = None
     """What the engine said of its nodes when it last came up; None before the first time."""
@@ -158,6 +160,11 @@ class Engine:
         self.went_down("comfyd is stopping", for_good=True)
 
     # --- what the supervisor calls
+
+    def launched(self) -> None:
+        """The process has been started; it does not answer yet."""
+        self.processes += 1
+        self._notify()
 
     def went_up(self, client: EngineClient, node_classes: NodeClasses) -> None:
         """The process lives, answers over HTTP and is listened to."""

@@ -26,20 +26,34 @@ class MediaInput:
 
     kind: MediaKind
     listed: frozenset[str] = frozenset()
+    is_folder: bool = False
+    """It takes the name of a folder; a caller may give a list of media, which become the folder's files."""
+    wants_path: bool = False
+    """It looks from the process's working folder, not from INPUT_DIR: only an absolute path is sure to be found."""
 
 
-# Classes whose own definition does not carry an upload flag: the documented ones of comfyui-api's users.
-_FALLBACK: Final[Mapping[str, Mapping[str, MediaKind]]] = {
-    "LoadImage": {"image": MediaKind.IMAGE},
-    "LoadImageMask": {"image": MediaKind.IMAGE},
-    "LoadImageOutput": {"image": MediaKind.IMAGE},
-    "VHS_LoadImagePath": {"image": MediaKind.IMAGE},
-    "LoadVideo": {"file": MediaKind.VIDEO, "video": MediaKind.VIDEO},
-    "VHS_LoadVideo": {"video": MediaKind.VIDEO},
-    "VHS_LoadVideoPath": {"video": MediaKind.VIDEO},
-    "VHS_LoadVideoFFmpeg": {"video": MediaKind.VIDEO},
-    "VHS_LoadVideoFFmpegPath": {"video": MediaKind.VIDEO},
-    "LoadAudio": {"audio": MediaKind.AUDIO},
+def _takes(kind: MediaKind, *, path: bool = False) -> MediaInput:
+    return MediaInput(kind=kind, wants_path=path)
+
+
+_IMAGES_IN_FOLDER: Final = MediaInput(kind=MediaKind.IMAGE, is_folder=True)
+_IMAGES_IN_FOLDER_BY_PATH: Final = MediaInput(kind=MediaKind.IMAGE, is_folder=True, wants_path=True)
+
+# Classes whose own definition does not carry an upload flag: those that comfyui-api's users know to work. The ones of
+# VideoHelperSuite that end in "Path" open what they are given as it is (ComfyUI-VideoHelperSuite, load_video_nodes.py).
+_FALLBACK: Final[Mapping[str, Mapping[str, MediaInput]]] = {
+    "LoadImage": {"image": _takes(MediaKind.IMAGE)},
+    "LoadImageMask": {"image": _takes(MediaKind.IMAGE)},
+    "LoadImageOutput": {"image": _takes(MediaKind.IMAGE)},
+    "VHS_LoadImagePath": {"image": _takes(MediaKind.IMAGE, path=True)},
+    "VHS_LoadImages": {"directory": _IMAGES_IN_FOLDER},
+    "VHS_LoadImagesPath": {"directory": _IMAGES_IN_FOLDER_BY_PATH},
+    "LoadVideo": {"file": _takes(MediaKind.VIDEO), "video": _takes(MediaKind.VIDEO)},
+    "VHS_LoadVideo": {"video": _takes(MediaKind.VIDEO)},
+    "VHS_LoadVideoPath": {"video": _takes(MediaKind.VIDEO, path=True)},
+    "VHS_LoadVideoFFmpeg": {"video": _takes(MediaKind.VIDEO)},
+    "VHS_LoadVideoFFmpegPath": {"video": _takes(MediaKind.VIDEO, path=True)},
+    "LoadAudio": {"audio": _takes(MediaKind.AUDIO)},
 }
 
 # Output nodes that show and save nothing: a graph with no other yields no file, whatever it computes.
@@ -96,10 +110,11 @@ def _media_inputs(class_type: str, info: Any) -> dict[str, MediaInput]:
     for group in (groups or {}).values() if isinstance(groups, dict) else ():
         for name, spec in group.items() if isinstance(group, dict) else ():
             options = spec[1] if isinstance(spec, list) and len(spec) > 1 and isinstance(spec[1], dict) else {}
-            kind = next((kind for flag, kind in _UPLOAD_FLAGS if options.get(flag)), known.get(name))
-            if kind is not None:
-                found[name] = MediaInput(kind=kind, listed=_choices(spec, options))
-    return found or {name: MediaInput(kind=kind) for name, kind in known.items()}
+            flagged = next((MediaInput(kind=kind) for flag, kind in _UPLOAD_FLAGS if options.get(flag)), None)
+            media = known.get(name) or flagged
+            if media is not None:
+                found[name] = attrs.evolve(media, listed=_choices(spec, options))
+    return found or dict(known)
 
 
 def _choices(spec: Any, options: Mapping[str, Any]) -> frozenset[str]:
@@ -107,3 +122,8 @@ def _choices(spec: Any, options: Mapping[str, Any]) -> frozenset[str]:
     return (
         frozenset(choice for choice in choices if isinstance(choice, str)) if isinstance(choices, list) else frozenset()
     )
+
+
+def is_link(value: Any) -> bool:
+    """Whether *value* is a link to another node's output, by ComfyUI's rule (``comfy_execution/graph_utils.py``)."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) in (int, float)

@@ -128,6 +128,7 @@ async def run_engine(engine: Engine, config: SupervisorConfig) -> NoReturn:
         EngineClient(base_url) as client,
         trio.open_nursery() as nursery,
     ):
+        engine.launched()
         log.info("engine.started", engine=engine.name, pid=process.pid, port=port)
         nursery.start_soon(_raise_when_exited, process, engine)  # an early death also ends the wait for an answer
         try:

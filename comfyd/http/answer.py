@@ -12,6 +12,7 @@ from typing import IO, Any, Final
 import trio
 from hypercorn.typing import ASGISendCallable
 
+from comfyd.errors import NO_FACTS
 from comfyd.http.asgi import JSON, send_whole, start
 from comfyd.jobs import Success
 from comfyd.media.collect import OutputFile
@@ -31,14 +32,20 @@ class FileChanged(Exception):
     """An output file is not what it was when it was collected; the answer cannot be completed."""
 
 
-async def send_success(send: ASGISendCallable, job_id: str, success: Success) -> None:
-    """Send the whole answer.
+async def send_success(
+    send: ASGISendCallable, job_id: str, success: Success, echo: Mapping[str, Any] = NO_FACTS
+) -> None:
+    """Send the whole answer; *echo* are blocks of the request that it repeats.
 
     Raises:
         FileChanged: a file vanished or shrank. If the answer had begun, it is cut off short of its stated length.
     """
-    before, after = _frame(job_id, success)
+    document = {**result_document(job_id, success), **echo}
     outputs = success.outputs
+    if any(output.object_url is not None for output in outputs):
+        await send_whole(send, 200, encode_json(document | {"images": [output.object_url for output in outputs]}))
+        return
+    before, after = _frame(document)
     if sum(output.size_bytes for output in outputs) <= _WHOLE_BYTES:
         body = await trio.to_thread.run_sync(_whole, before, outputs, after, limiter=_limiter)
         await send_whole(send, 200, body)
@@ -67,17 +74,21 @@ def result_document(job_id: str, success: Success) -> dict[str, Any]:
 
 def output_document(output: OutputFile) -> Mapping[str, Any]:
     """One member of ``outputs``."""
-    return {
+    document: dict[str, Any] = {
         "filename": output.filename,
         "node_id": output.node_id,
         "media_type": output.media_type,
         "size_bytes": output.size_bytes,
     }
+    if output.converted is not None:
+        document["converted"] = output.converted
+    if output.url is not None:
+        document["url"] = output.url
+    return document
 
 
-def _frame(job_id: str, success: Success) -> tuple[bytes, bytes]:
+def _frame(document: dict[str, Any]) -> tuple[bytes, bytes]:
     """What comes before and after the images, written so that the images need not be in memory."""
-    document = result_document(job_id, success)
     head = encode_json({"id": document.pop("id"), "prompt": document.pop("prompt")})
     return head[:-1] + b',"images":[', b"]," + encode_json(document)[1:]
 

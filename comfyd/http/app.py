@@ -1,7 +1,6 @@
 """The application: Quart's routes, and beside them the plain ASGI endpoints for what is hot or large."""
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 import structlog
 import trio
@@ -14,10 +13,11 @@ from comfyd.errors import EngineError, Failure, FailureKind
 from comfyd.http import problems
 from comfyd.http.asgi import guarded
 from comfyd.http.events import JobEventsEndpoint
+from comfyd.http.jobs import add_jobs
 from comfyd.http.prompt import PromptEndpoint
+from comfyd.http.responses import json_response, problem_response
 from comfyd.http.server import HardenedQuart
 from comfyd.jobs import JobService
-from comfyd.wire import encode_json
 
 log = structlog.get_logger("comfyd.http")
 
@@ -35,6 +35,7 @@ class ComfydApp(HardenedQuart):
         self._events = JobEventsEndpoint(service)
         _add_probes(self, service)
         _add_models(self, service)
+        add_jobs(self, service)
         _add_problems(self, max_body_bytes)
 
     async def __call__(
@@ -61,15 +62,15 @@ def _add_probes(app: HardenedQuart, service: JobService) -> None:
     async def health() -> Response:
         """Whether a warm-up was ever completed, whatever the engine does later."""
         status = "healthy" if service.healthy else "not healthy"
-        return _json({"version": __version__, "status": status}, 200 if service.healthy else 503)
+        return json_response({"version": __version__, "status": status}, 200 if service.healthy else 503)
 
     @app.get("/ready")
     async def ready() -> Response:
         """Whether more work should be sent here."""
         reason = service.not_ready_reason()
         if reason is None:
-            return _json({"version": __version__, "status": "ready"}, 200)
-        return _json({"version": __version__, "status": "not ready", "reason": reason}, 503)
+            return json_response({"version": __version__, "status": "ready"}, 200)
+        return json_response({"version": __version__, "status": "not ready", "reason": reason}, 503)
 
 
 def _add_models(app: HardenedQuart, service: JobService) -> None:
@@ -79,10 +80,12 @@ def _add_models(app: HardenedQuart, service: JobService) -> None:
         engine = service.engines[0]
         try:
             with trio.fail_after(_MODELS_TIMEOUT_S):
-                return _json(await engine.client.models(), 200)
+                return json_response(await engine.client.models(), 200)
         except (EngineError, trio.TooSlowError) as exc:
             log.warning("http.models_unanswered", reason=str(exc) or "time ran out")
-            return _problem(Failure(kind=FailureKind.NOT_READY, detail="ComfyUI does not answer", retry_after_s=5))
+            return problem_response(
+                Failure(kind=FailureKind.NOT_READY, detail="ComfyUI does not answer", retry_after_s=5)
+            )
 
 
 def _add_problems(app: HardenedQuart, max_body_bytes: int) -> None:
@@ -91,31 +94,19 @@ def _add_problems(app: HardenedQuart, max_body_bytes: int) -> None:
         """Quart's own refusals, as problem documents."""
         if isinstance(error, MethodNotAllowed):
             allowed = ", ".join(sorted(error.valid_methods or ()))
-            answer = _problem(problems.method_not_allowed(allowed))
+            answer = problem_response(problems.method_not_allowed(allowed))
             answer.headers["allow"] = allowed
             return answer
         if isinstance(error, RequestEntityTooLarge):
-            return _problem(problems.body_too_large(max_body_bytes))
+            return problem_response(problems.body_too_large(max_body_bytes))
         if error.code == 404:
-            return _problem(problems.not_found("such route"))
+            return problem_response(problems.not_found("such route"))
         detail = error.description or "the request was not understood"
         kind = FailureKind.INVALID_REQUEST if (error.code or 500) < 500 else FailureKind.INTERNAL
-        return _problem(Failure(kind=kind, detail=detail))
+        return problem_response(Failure(kind=kind, detail=detail))
 
     @app.errorhandler(Exception)
     async def bug(error: Exception) -> Response:
         """A bug of ours: logged once, here, and told without details."""
         log.error("http.bug", exc_info=error)
-        return _problem(problems.INTERNAL)
-
-
-def _json(document: Mapping[str, Any], status: int) -> Response:
-    return Response(encode_json(document), status=status, content_type="application/json; charset=utf-8")
-
-
-def _problem(failure: Failure) -> Response:
-    answer = problems.problem(failure)
-    response = Response(answer.body, status=answer.status, content_type=problems.CONTENT_TYPE)
-    for name, value in answer.headers:
-        response.headers[name.decode()] = value.decode()
-    return response
+        return problem_response(problems.INTERNAL)

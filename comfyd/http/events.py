@@ -47,7 +47,7 @@ class JobEventsEndpoint:
         told: dict[str, Any] | None = None
         while job.outcome is None:
             changed = job.changed
-            now = _view(job, self.service)
+            now = job_view(job, self.service)
             if now != told:
                 told = now
                 await _send(send, b"event: progress\ndata: " + encode_json(now) + b"\n\n")
@@ -57,11 +57,12 @@ class JobEventsEndpoint:
                 await changed.wait()
             if beat.cancelled_caught:
                 await _send(send, b": still here\n\n")
-        await _send(send, b"event: result\ndata: " + encode_json(_result(job)) + b"\n\n")
+        await _send(send, b"event: result\ndata: " + encode_json(job_result(job)) + b"\n\n")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _view(job: Job, service: JobService) -> dict[str, Any]:
+def job_view(job: Job, service: JobService) -> dict[str, Any]:
+    """Where a job is on its way."""
     progress = job.progress.view
     node = job.graph.get(progress.node_id) if progress.node_id is not None else None
     title = ((node.get("_meta") or {}).get("title") or node.get("class_type")) if node else None
@@ -77,7 +78,8 @@ def _view(job: Job, service: JobService) -> dict[str, Any]:
     }
 
 
-def _result(job: Job) -> dict[str, Any]:
+def job_result(job: Job) -> dict[str, Any]:
+    """How a job ended."""
     outcome = job.outcome
     if outcome is None:
         raise RuntimeError("asked for the result of a job that has none yet")

@@ -13,8 +13,15 @@ from comfyd.errors import Failure, InvalidValue, RequestRefused
 from comfyd.host.logging import bind_job
 from comfyd.http import problems
 from comfyd.http.answer import FileChanged, send_success
-from comfyd.http.asgi import ClientGone, check_json_type, read_body, send_failure, until_client_gone
-from comfyd.jobs import Job, JobService, Outcome, PromptRequest, parse_request
+from comfyd.http.asgi import (
+    ClientGone,
+    check_json_type,
+    read_body,
+    send_failure,
+    send_whole,
+    until_client_gone,
+)
+from comfyd.jobs import Job, JobService, Outcome, Request, parse_request
 from comfyd.jobs.failures import invalid_request
 from comfyd.wire import decode_json, encode_json
 
@@ -39,11 +46,16 @@ class PromptEndpoint:
         try:
             check_json_type(scope)
             request, digest = await self._read(scope, receive)
+            graph = request.prompt if request.detached else None
             job = self.service.submit(request, request.id or str(uuid.uuid4()), digest)
         except RequestRefused as exc:
             await send_failure(send, exc.failure)
             return
         except ClientGone:
+            return
+        if graph is not None:
+            accepted = {"id": job.id, "status": "ok", "prompt": graph, **request.echo}
+            await send_whole(send, 202, encode_json(accepted), headers=[(b"location", f"/jobs/{job.id}".encode())])
             return
         with self.service.attached(job), bind_job(job.id, job.attempts):
 
@@ -52,7 +64,7 @@ class PromptEndpoint:
 
             await until_client_gone(receive, answer)
 
-    async def _read(self, scope: HTTPScope, receive: ASGIReceiveCallable) -> tuple[PromptRequest, bytes]:
+    async def _read(self, scope: HTTPScope, receive: ASGIReceiveCallable) -> tuple[Request, bytes]:
         body = await read_body(scope, receive, self.max_body_bytes)
         try:
             if len(body) < _LARGE_BYTES:
@@ -62,7 +74,7 @@ class PromptEndpoint:
             raise RequestRefused(invalid_request(exc.faults)) from exc
 
 
-def _parse(body: bytearray) -> tuple[PromptRequest, bytes]:
+def _parse(body: bytearray) -> tuple[Request, bytes]:
     value: Any = decode_json(body)
     body.clear()  # a body can be 100 MB; what it said is in *value*
     request = parse_request(value)
@@ -76,7 +88,7 @@ async def _answer(send: ASGISendCallable, job: Job, outcome: Outcome) -> None:
         await send_failure(send, outcome, job_id=job.id)
         return
     try:
-        await send_success(send, job.id, outcome)
+        await send_success(send, job.id, outcome, job.request.echo)
     except FileChanged as exc:
         log.error("job.output_changed", file=str(exc))  # noqa: TRY400  # a fact about the disk, not a bug of ours
         raise

@@ -39,13 +39,28 @@ def execution_failed(raised: Raised) -> Failure:
     )
 
 
-def prompt_refused(refusal: Refusal) -> Failure:
-    """ComfyUI did not take the graph, or not all of it. Error types: ComfyUI 0.3.64, ``execution.py``."""
+def prompt_refused(refusal: Refusal, graph: Mapping[str, Any]) -> Failure:
+    """ComfyUI did not take *graph*, or not all of it. Error types: ComfyUI 0.3.64, ``execution.py``.
+
+    Faults are told in the order of the graph: ComfyUI's own is that of a set, another one each time.
+    """
     error = refusal.error
     message = hide_paths(_sentence(error))
     if error.get("type") == "prompt_no_outputs":
         return no_output_node(message)
-    faults = tuple(_node_faults(refusal.node_errors))
+    order = {
+        place: number
+        for number, place in enumerate(
+            place
+            for node_id, node in graph.items()
+            for place in (
+                f"prompt.{node_id}",
+                *(f"prompt.{node_id}.inputs.{name}" for name in node.get("inputs") or ()),
+            )
+        )
+    }
+    found = _node_faults(refusal.node_errors)
+    faults = tuple(sorted(found, key=lambda fault: (order.get(fault.location, len(order)), fault.location)))
     return Failure(
         kind=FailureKind.INVALID_PROMPT,
         detail=message,

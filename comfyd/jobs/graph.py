@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import attrs
 
-from comfyd.engine import NodeClasses
+from comfyd.engine import NodeClasses, is_link
 from comfyd.errors import Fault
 from comfyd.wire import nearest, quoted
 
@@ -75,11 +75,6 @@ def _check_node(node_id: str, node: Any, prompt: Mapping[str, Any]) -> Iterator[
 def _leaves_folder(prefix: str) -> bool:
     parts = prefix.replace("\\", "/").split("/")
     return prefix[:1] in {"/", "\\"} or ".." in parts or "\0" in prefix
-
-
-def is_link(value: Any) -> bool:
-    """Whether *value* is a link to another node's output, by ComfyUI's rule (``comfy_execution/graph_utils.py``)."""
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) in (int, float)
 
 
 def check_classes(prompt: Mapping[str, Any], known: NodeClasses) -> list[Fault]:

@@ -18,7 +18,7 @@ import trio
 from comfyd.engine import ExecutionTimes
 from comfyd.errors import Failure
 from comfyd.jobs.progress import Progress
-from comfyd.jobs.request import PromptRequest
+from comfyd.jobs.request import Request
 from comfyd.media.collect import OutputFile
 
 
@@ -109,6 +109,7 @@ class Clock:
     queue_s: float = 0.0
     engine_s: float = 0.0
     collect_s: float = 0.0
+    upload_s: float = 0.0
 
     def stats(self, *, attempts: int, times: ExecutionTimes) -> Stats:
         """What the stages took so far."""
@@ -117,7 +118,7 @@ class Clock:
             queue_time=_ms(self.queue_s),
             comfy_round_trip_time=_ms(self.engine_s),
             postprocess_time=_ms(self.collect_s),
-            upload_time=0.0,
+            upload_time=_ms(self.upload_s),
             total_time=_ms(time.perf_counter() - self.accepted),
             attempts=attempts,
             times=times,
@@ -129,7 +130,7 @@ class Job:
     """A prompt on its way through comfyd. Only :class:`comfyd.jobs.service.JobService` changes it."""
 
     id: str
-    request: PromptRequest
+    request: Request
     digest: bytes
     """Tells whether another request under the same id is the same request; empty if the caller gave no id."""
     sequence: int
@@ -153,8 +154,10 @@ class Job:
     """The rewritten prefixes: every file that the graph saves begins with one of them, or is reported by its node."""
     reported: list[Mapping[str, Any]] = attrs.field(factory=list)
     """What nodes have reported, over all attempts: the files in it are removed at the end."""
-    input_dir: Path | None = None
-    """The folder with the inputs that the job brought. Removed at the end."""
+    folder: Path | None = None
+    """The job's own folder, with the inputs that it brought and its converted outputs. Removed at the end."""
+    shown: dict[tuple[str, str], str] = attrs.field(factory=dict)
+    """Values of inputs, by node id and name, as callers see them where the engine gets a path of this server."""
     waiters: int = 0
     """Callers that wait for the outcome or are being sent it."""
     cleaned: bool = False
@@ -166,6 +169,14 @@ class Job:
     changed: trio.Event = attrs.field(factory=trio.Event)
     scope: trio.CancelScope | None = None
     """What is to be cancelled if the job is, while somebody works on it."""
+
+    @property
+    def shown_graph(self) -> Mapping[str, Any]:
+        """The graph as it was queued, without paths of this server."""
+        graph: dict[str, Any] = dict(self.graph)
+        for (node_id, name), value in self.shown.items():
+            graph[node_id] = {**graph[node_id], "inputs": {**graph[node_id]["inputs"], name: value}}
+        return graph
 
     def move(self, state: JobState) -> None:
         """Go on to *state*. Illegal moves are bugs and raise."""

@@ -8,19 +8,17 @@ import attrs
 import structlog
 import trio
 
-from comfyd.config import MediaConfig
 from comfyd.errors import Failure, FailureKind
 from comfyd.host.logging import bind_job
 from comfyd.jobs.model import Job, JobState, Success
 from comfyd.jobs.service import JobService
 from comfyd.media.collect import records
 from comfyd.media.files import InputStore, remove_folder, remove_outputs
-from comfyd.media.inputs import Candidate, InvalidInputs, resolve_inputs
+from comfyd.media.inputs import Candidate, InvalidInputs
+from comfyd.media.resolve import Resolver
 
 log = structlog.get_logger("comfyd.jobs")
 
-_PREPARING_THREADS: Final = 4
-"""Decoding is bound by the processor and the disk; more at once would only take memory."""
 _CLEANING_AT_ONCE: Final = 256
 """Jobs whose files are removed in one turn of the cleaning thread."""
 
@@ -31,9 +29,8 @@ class Preparer:
 
     service: JobService
     store: InputStore
-    limits: MediaConfig
+    resolver: Resolver
     output_dir: Path
-    _limiter: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(_PREPARING_THREADS))
     _cleaning: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1))
 
     async def serve_preparing(self) -> NoReturn:
@@ -56,23 +53,21 @@ class Preparer:
     async def prepare(self, job: Job, found: tuple[Candidate, ...]) -> None:
         """Give each of the *found* inputs of *job* the value by which ComfyUI finds it, or end the job.
 
-        A thread cannot be cancelled: a job that is cancelled meanwhile is cleaned up when its thread is done.
+        Downloads stop when the job is cancelled. A thread cannot be: the job is cleaned up when its thread is done.
         """
         began = time.perf_counter()
+        job.folder = self.store.folder(job.key)
         with trio.CancelScope() as job.scope:
             try:
-                values, job.input_dir = await trio.to_thread.run_sync(
-                    resolve_inputs, found, self.store, job.key, self.limits, limiter=self._limiter
-                )
-                for (node_id, name), value in values.items():
+                resolved = await self.resolver.resolve(found, job.key)
+                for (node_id, name), value in resolved.values.items():
                     job.graph[node_id]["inputs"][name] = value
+                job.shown = resolved.shown
             except InvalidInputs as exc:
-                job.input_dir = exc.folder
                 if job.outcome is None:
                     self.service.finish(job, exc.failure, JobState.FAILED)
             except OSError as exc:  # the disk is full, or gone: this job's end, and not the daemon's
                 log.error("job.inputs_not_written", reason=str(exc))  # noqa: TRY400  # a full story in one line
-                job.input_dir = self.store.root / job.key
                 if job.outcome is None:
                     detail = f"the inputs could not be written to disk: {exc.strerror}"
                     self.service.finish(job, Failure(kind=FailureKind.INTERNAL, detail=detail), JobState.FAILED)
@@ -97,8 +92,8 @@ class Preparer:
 
     def _remove(self, jobs: list[Job], shared: dict[str, frozenset[str]]) -> None:
         for job in jobs:
-            if job.input_dir is not None:
-                remove_folder(job.input_dir)
+            if job.folder is not None:
+                remove_folder(job.folder)
             try:
                 made = {
                     record.path

@@ -1,10 +1,14 @@
 """What a caller may ask: the schema of ``POST /prompt``, one source for validation and OpenAPI."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
 import attrs
 from msgspec import Meta
 
+from comfyd.errors import Fault, InvalidValue
+from comfyd.media.convert_options import ConvertOutput, parse_convert
+from comfyd.storage.target import S3Target
 from comfyd.wire import structure
 
 ID_PATTERN: Final = r"^[A-Za-z0-9_:-][A-Za-z0-9._:-]{0,127}$"
@@ -35,15 +39,67 @@ class PromptRequest:
         dict[str, Any] | None,
         Meta(description="Passed on to ComfyUI (keys of partner nodes); never logged or answered."),
     ] = attrs.field(default=None, repr=False)
+    s3: Annotated[
+        S3Target | None, Meta(description="Upload the outputs to S3, and answer URLs in the place of base64.")
+    ] = None
+    convert_output: Annotated[
+        dict[str, Any] | None,
+        Meta(description='What pictures become: {"format": jpeg, jpg, webp, png or avif; "options"; "metadata"}.'),
+    ] = None
     client_id: Annotated[
         Any, Meta(description="Accepted and ignored, so that ComfyUI's own clients can post here.")
     ] = None
 
 
-def parse_request(body: Any) -> PromptRequest:
+@attrs.frozen(kw_only=True)
+class Request:
+    """A request that fits its schema. *conversion* is its ``convert_output``, understood.
+
+    *echo* are the blocks that an answer repeats as they were sent.
+    """
+
+    prompt: Mapping[str, Any]
+    id: str | None = None
+    priority: int = 0
+    timeout_s: float | None = None
+    extra_data: Mapping[str, Any] | None = attrs.field(default=None, repr=False)
+    s3: S3Target | None = None
+    conversion: ConvertOutput | None = None
+    echo: Mapping[str, Any] = attrs.field(factory=dict)
+
+    @property
+    def detached(self) -> bool:
+        """Whether the caller does not wait for the outcome."""
+        return self.s3 is not None and self.s3.is_async
+
+
+def parse_request(body: Any) -> Request:
     """Structure a decoded body.
 
     Raises:
         InvalidValue: with every fault and its place.
     """
-    return structure(PromptRequest, body)
+    faults: list[Fault] = []
+    conversion: ConvertOutput | None = None
+    convert_output = body.get("convert_output") if isinstance(body, dict) else None
+    if isinstance(convert_output, dict):
+        try:
+            conversion = parse_convert(convert_output)
+        except InvalidValue as exc:
+            faults.extend(exc.faults)
+    try:
+        parsed = structure(PromptRequest, body)
+    except InvalidValue as exc:
+        raise InvalidValue((*exc.faults, *faults)) from None
+    if faults:
+        raise InvalidValue(tuple(faults))
+    return Request(
+        prompt=parsed.prompt,
+        id=parsed.id,
+        priority=parsed.priority,
+        timeout_s=parsed.timeout_s,
+        extra_data=parsed.extra_data,
+        s3=parsed.s3,
+        conversion=conversion,
+        echo={} if parsed.s3 is None else {"s3": body["s3"]},
+    )

@@ -23,12 +23,13 @@ from comfyd.engine import (
 from comfyd.errors import EngineError, EngineLost, Failure, FailureKind, Fault, RequestRefused, WarmupFailed
 from comfyd.host.logging import bind_job
 from comfyd.jobs import failures
+from comfyd.jobs.deliver import Deliverer, DeliveryFailed
 from comfyd.jobs.graph import mark_unlike_cached
 from comfyd.jobs.model import Job, JobState, Success
 from comfyd.jobs.prepare import Preparer
-from comfyd.jobs.request import PromptRequest
+from comfyd.jobs.request import Request
 from comfyd.jobs.service import JobService
-from comfyd.media.collect import Collection, collect
+from comfyd.media.collect import Collection, OutputFile, collect
 
 log = structlog.get_logger("comfyd.jobs")
 
@@ -51,6 +52,7 @@ class Runner:
     service: JobService
     engine: Engine
     preparer: Preparer
+    deliverer: Deliverer
     output_dir: Path
     _collecting: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(_COLLECTING_THREADS))
 
@@ -144,7 +146,7 @@ class Runner:
                 case Raised():
                     self._fail(job, failures.execution_failed(execution))
                 case Refused():
-                    self._fail(job, failures.prompt_refused(execution.refusal))
+                    self._fail(job, failures.prompt_refused(execution.refusal, job.graph))
                 case Interrupted():
                     detail = "the job was interrupted in ComfyUI"
                     self._fail(job, Failure(kind=FailureKind.JOB_CANCELLED, detail=detail))
@@ -166,9 +168,23 @@ class Runner:
             mark_unlike_cached(job.graph, (node_id for node_id, _ in collection.missing), f"{job.key}-{job.attempts}")
             self.service.enqueue(job)
         else:
-            stats = job.clock.stats(attempts=job.attempts, times=execution.times)
-            success = Success(graph=job.graph, outputs=collection.found, stats=stats)
-            self.service.finish(job, success, JobState.SUCCEEDED)
+            await self._deliver(job, execution, collection.found)
+
+    async def _deliver(self, job: Job, execution: Completed, outputs: tuple[OutputFile, ...]) -> None:
+        if job.request.conversion is not None:
+            job.folder = self.deliverer.store.folder(job.key)
+        with trio.CancelScope() as job.scope:
+            try:
+                outputs = await self.deliverer.deliver(job, outputs)
+            except DeliveryFailed as exc:
+                self._fail(job, exc.failure)
+        job.scope = None
+        if job.outcome is not None:
+            self.service.clean_if_done(job)
+            return
+        stats = job.clock.stats(attempts=job.attempts, times=execution.times)
+        success = Success(graph=job.shown_graph, outputs=outputs, stats=stats)
+        self.service.finish(job, success, JobState.SUCCEEDED)
 
     def _fail(self, job: Job, failure: Failure) -> None:
         if job.outcome is None:
@@ -182,7 +198,7 @@ class Runner:
             self.engine.mark_warm()
             return
         began = time.perf_counter()
-        job = self.service.new_job(PromptRequest(prompt=dict(prompt)), "comfyd-warmup", internal=True)
+        job = self.service.new_job(Request(prompt=dict(prompt)), "comfyd-warmup", internal=True)
         try:
             found = self.service.shape(job)
             if found:

@@ -23,13 +23,16 @@ from comfyd.jobs.deadlines import Deadlines
 from comfyd.jobs.graph import check_classes, check_shape, prepare_graph, saves_something
 from comfyd.jobs.model import Job, JobState, Outcome
 from comfyd.jobs.queue import JobQueue
-from comfyd.jobs.request import PromptRequest
+from comfyd.jobs.request import Request
 from comfyd.jobs.service_time import ServiceTime
 from comfyd.media.inputs import Candidate, candidates
+from comfyd.net import UrlPolicy
 
 log = structlog.get_logger("comfyd.jobs")
 
 _STARTING_RETRY_S: Final = 5.0
+_REMEMBERED: Final = 1000
+"""Some kilobytes each, mostly the graph."""
 
 
 @attrs.frozen(kw_only=True)
@@ -38,6 +41,7 @@ class ServiceConfig:
 
     jobs: JobsConfig
     media: MediaConfig
+    urls: UrlPolicy = attrs.field(factory=UrlPolicy)
 
 
 @attrs.define(eq=False)
@@ -57,6 +61,8 @@ class JobService:
     preparing: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
     cleaning: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
     _known: dict[str, Job] = attrs.field(factory=dict)
+    _remembered: dict[str, Job] = attrs.field(factory=dict)
+    """The last jobs that ended without a caller to tell, oldest first: for who asks, or sends the same again."""
     _waiting: int = 0
     """Jobs accepted and not yet running."""
     _sequence: int = 0
@@ -64,13 +70,13 @@ class JobService:
 
     # --- for callers
 
-    def submit(self, request: PromptRequest, job_id: str, digest: bytes) -> Job:
+    def submit(self, request: Request, job_id: str, digest: bytes) -> Job:
         """Accept a job, or join the one that is known under *job_id*. Never waits.
 
         Raises:
             RequestRefused: nothing was queued and nothing is left behind.
         """
-        known = self._known.get(job_id)
+        known = self.get(job_id)
         if known is not None:
             if digest and known.digest == digest:
                 log.info("job.joined", job_id=known.id, state=known.state.value)
@@ -109,7 +115,7 @@ class JobService:
             yield
         finally:
             job.waiters -= 1
-            if job.waiters == 0 and job.outcome is None:
+            if job.waiters == 0 and job.outcome is None and not job.request.detached:
                 log.info("job.abandoned", job_id=job.id, state=job.state.value)
                 self.cancel(job, Failure(kind=FailureKind.JOB_CANCELLED, detail="the caller has gone"))
             self.clean_if_done(job)
@@ -126,8 +132,8 @@ class JobService:
         return True
 
     def get(self, job_id: str) -> Job | None:
-        """The job that is known under *job_id*."""
-        return self._known.get(job_id)
+        """The job that is known under *job_id*: one on its way, or one of the last whose callers did not wait."""
+        return self._known.get(job_id) or self._remembered.get(job_id)
 
     # --- for probes and the daemon
 
@@ -171,7 +177,7 @@ class JobService:
 
     # --- for the tasks behind the service
 
-    def new_job(self, request: PromptRequest, job_id: str, digest: bytes = b"", *, internal: bool = False) -> Job:
+    def new_job(self, request: Request, job_id: str, digest: bytes = b"", *, internal: bool = False) -> Job:
         """Make a job that nobody knows yet."""
         self._sequence += 1
         return Job(id=job_id, request=request, digest=digest, sequence=self._sequence, internal=internal)
@@ -235,6 +241,10 @@ class JobService:
         job.cleaned = True
         if self._known.get(job.id) is job:
             del self._known[job.id]
+            if job.request.detached:
+                self._remembered[job.id] = job
+                if len(self._remembered) > _REMEMBERED:
+                    del self._remembered[next(iter(self._remembered))]
         self.to_clean.append(job)
         self.cleaning.unpark()
         self._changed.set()

@@ -63,6 +63,8 @@ def decode_pieces(text: str) -> Iterator[bytes]:
             if stripped:
                 raise NotBase64("there is text after the padding")
             continue
+        if b"=" in stripped:  # also where a piece ends just so that the decoder would take it for padding
+            raise NotBase64("a character in it is not of base64's alphabet")
         ended = len(stripped) < len(packed)
         whole = len(stripped) if ended else len(stripped) // 4 * 4
         carried = stripped[whole:]

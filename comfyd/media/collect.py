@@ -41,6 +41,12 @@ class OutputFile:
     node_id: str
     media_type: str
     size_bytes: int
+    converted: bool | None = None
+    """Whether it was converted; None where no conversion was asked for."""
+    object_url: str | None = None
+    """The ``s3://`` URL of the object that it was stored as."""
+    url: str | None = None
+    """The URL by which to get it: a presigned one if that was asked for, else the same."""
 
 
 @attrs.frozen(kw_only=True)

@@ -46,10 +46,14 @@ class InputStore:
         return cls(root=root, input_dir=input_dir, lock=lock)
 
     def new_folder(self, key: str) -> Path:
-        """Make a job's folder."""
-        folder = self.root / key
-        folder.mkdir()
+        """Make a job's folder, if it is not there yet."""
+        folder = self.folder(key)
+        folder.mkdir(exist_ok=True)
         return folder
+
+    def folder(self, key: str) -> Path:
+        """Where a job's folder is, or would be."""
+        return self.root / key
 
     def name_for_comfyui(self, path: Path) -> str:
         """The value by which a loader node finds *path*."""

@@ -9,7 +9,7 @@ from urllib.parse import unquote, unquote_to_bytes
 import attrs
 
 from comfyd.config import MediaConfig
-from comfyd.engine import MediaInput, NodeClasses
+from comfyd.engine import MediaInput, MediaKind, NodeClasses, is_link
 from comfyd.errors import Failure, FailureKind, Fault
 from comfyd.media.base64text import (
     NotBase64,
@@ -25,6 +25,13 @@ from comfyd.wire import quoted
 
 _MIB: Final = 1 << 20
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_REMOTE: Final = frozenset({"http", "https", "s3"})
+_TELLING_NAMES: Final = {
+    "image": MediaKind.IMAGE,
+    "mask": MediaKind.IMAGE,
+    "video": MediaKind.VIDEO,
+    "audio": MediaKind.AUDIO,
+}
 _DATA_URL: Final = re.compile(r"data:[^,;]*(?:;[^,;]+)*?(?P<base64>;base64)?,", re.IGNORECASE)
 # ComfyUI reads "name [folder]" as a file of that folder (0.3.64, folder_paths.py, annotated_filepath).
 _ANNOTATED: Final = re.compile(r"^(?P<name>.*?) ?\[(?P<folder>input|output|temp)\]$", re.DOTALL)
@@ -36,7 +43,8 @@ class Candidate:
 
     node_id: str
     input_name: str
-    value: str
+    value: str | tuple[str, ...]
+    """A tuple where a folder is to be made of several."""
     media: MediaInput
 
     @property
@@ -50,18 +58,28 @@ class InputRefused(Exception):
 
 
 def candidates(graph: Mapping[str, Any], known: NodeClasses) -> Iterator[Candidate]:
-    """Find the media inputs of *graph* that have to be looked at: texts (not links) that ComfyUI does not list."""
+    """Find the media inputs of *graph* that have to be looked at: texts that ComfyUI does not list, lists for folders.
+
+    Links are left alone. An input of a class that does not say what it takes is looked at only if it is called like
+    media and plainly is a URL or media itself: a text that happens to be called ``image`` stays a text.
+    """
     for node_id, node in graph.items():
-        for name, media in known.media.get(node["class_type"], {}).items():
-            value = node["inputs"].get(name)
-            if isinstance(value, str) and value not in media.listed:
-                yield Candidate(node_id=node_id, input_name=name, value=value, media=media)
+        media_inputs = known.media.get(node["class_type"], {})
+        for name, value in node["inputs"].items():
+            media = media_inputs.get(name)
+            if isinstance(value, str):
+                if media is None and name in _TELLING_NAMES and (is_remote(value) or is_content(value)):
+                    media = MediaInput(kind=_TELLING_NAMES[name])
+                if media is not None and value not in media.listed:
+                    yield Candidate(node_id=node_id, input_name=name, value=value, media=media)
+            elif media is not None and media.is_folder and isinstance(value, list) and not is_link(value):
+                yield Candidate(node_id=node_id, input_name=name, value=tuple(value), media=media)
 
 
 def resolve_inputs(
     found: tuple[Candidate, ...], store: InputStore, folder_key: str, limits: MediaConfig
 ) -> tuple[dict[tuple[str, str], str], Path | None]:
-    """Give each candidate the value by which ComfyUI finds it. Blocks: decodes, and writes to disk.
+    """Give each candidate that needs no network, and is one text, the value by which ComfyUI finds it. Blocks.
 
     Returns the new values by ``(node id, input name)`` and the job's folder, if one was needed; the caller removes it.
 
@@ -74,15 +92,16 @@ def resolve_inputs(
     written: dict[str, str] = {}  # the same text in several nodes is one file
     for candidate in found:
         try:
-            if not _is_content(candidate.value):
-                _check_name(candidate.value, store.input_dir)
+            value = str(candidate.value)
+            if not is_content(value):
+                check_name(value, store.input_dir, is_folder=candidate.media.is_folder)
                 continue
-            if candidate.value not in written:
+            if value not in written:
                 if folder is None:
                     folder = store.new_folder(folder_key)
-                path = _write(candidate.value, folder / f"{len(written) + 1:03d}", limits)
-                written[candidate.value] = store.name_for_comfyui(path)
-            values[candidate.node_id, candidate.input_name] = written[candidate.value]
+                path = write_content(value, folder / f"{len(written) + 1:03d}", limits)
+                written[value] = store.name_for_comfyui(path)
+            values[candidate.node_id, candidate.input_name] = written[value]
         except InputRefused as exc:
             faults.append(Fault(location=candidate.location, message=str(exc)))
     if faults:
@@ -103,18 +122,27 @@ class InvalidInputs(Exception):
         self.folder = folder
 
 
-def _is_content(value: str) -> bool:
+def is_content(value: str) -> bool:
+    """Whether *value* is media itself: a ``data:`` URL, or base64 of a type that we know."""
     return value[:5].lower() == "data:" or media_type_of_text(value) is not None
 
 
-def _check_name(value: str, input_dir: Path) -> None:
-    """Accept *value* as the name of a file in INPUT_DIR, or say why not."""
+def is_remote(value: str) -> bool:
+    """Whether *value* says where media are to be fetched from."""
+    scheme = _SCHEME.match(value)
+    return scheme is not None and scheme[1].lower() in _REMOTE
+
+
+def check_name(value: str, input_dir: Path, *, is_folder: bool = False) -> None:
+    """Accept *value* as the name of a file (or folder) in INPUT_DIR.
+
+    Raises:
+        InputRefused: it is none.
+    """
     if not value.strip():
         raise InputRefused("is empty; the name of an input file, base64 or a data: URL is expected")
     if scheme := _SCHEME.match(value):
-        raise InputRefused(
-            f"{scheme[1]}:// is not accepted here; send base64, a data: URL or the name of an input file"
-        )
+        raise InputRefused(f"{scheme[1]}:// is not accepted; http, https, s3 and data: URLs are")
     name = value
     if annotated := _ANNOTATED.match(value):
         if annotated["folder"] != "input":
@@ -127,14 +155,20 @@ def _check_name(value: str, input_dir: Path) -> None:
         raise InputRefused("is base64 of something that is no picture, video or sound that comfyd knows")
     inside = confined(input_dir, name)
     try:
-        exists = inside is not None and inside.is_file()
+        exists = inside is not None and (inside.is_dir() if is_folder else inside.is_file())
     except OSError:  # a name that no file system takes
         exists = False
     if not exists:
-        raise InputRefused(f"there is no input file {quoted(value)}, and it is no base64 or data: URL of media")
+        what = "folder" if is_folder else "file"
+        raise InputRefused(f"there is no input {what} {quoted(value)}, and it is no URL or base64 of media")
 
 
-def _write(value: str, stem: Path, limits: MediaConfig) -> Path:
+def write_content(value: str, stem: Path, limits: MediaConfig) -> Path:
+    """Write what *value* holds to a file named *stem*, its ending told by the content. Blocks.
+
+    Raises:
+        InputRefused: it is no media that we know, damaged, or too large; nothing is left on disk.
+    """
     try:
         if value[:5].lower() != "data:":
             return _write_pieces(decode_pieces(value), decoded_size(value), stem, limits)
@@ -166,14 +200,19 @@ def _write_pieces(pieces: Iterator[bytes], size_bytes: int, stem: Path, limits: 
             file.write(first)
             for piece in pieces:
                 file.write(piece)
-        _check_picture(path, media_type, limits)
+        check_picture(path, media_type, limits)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     return path
 
 
-def _check_picture(path: Path, media_type: MediaType, limits: MediaConfig) -> None:
+def check_picture(path: Path, media_type: MediaType, limits: MediaConfig) -> None:
+    """Look at a picture's header before anybody decodes it. Blocks.
+
+    Raises:
+        InputRefused: it is damaged or has too many pixels.
+    """
     if media_type.name not in CHECKED:
         return
     try:

@@ -227,7 +227,8 @@ async def test_it_starts_with_clean_signals_descriptors_and_a_group_of_its_own(f
         signal.signal(signal.SIGUSR2, before)
     # What the Python of the program ignores by itself, from the kernel's point of view: SIGPIPE and SIGXFSZ.
     own = 1 << (signal.SIGPIPE - 1) | 1 << (signal.SIGXFSZ - 1)
-    assert int(facts["ignored"], 16) == own
+    # Signals 32 and 33 are glibc's own: it lets nobody change them, so whoever started us may have left them ignored.
+    assert int(facts["ignored"], 16) & 0x7FFF_FFFF == own
     assert int(facts["blocked"], 16) == 0
     assert facts["stdin"] == "/dev/null"
     assert facts["descriptors"] == [0, 1, 2, 3]  # 3 is the program's own look into /proc

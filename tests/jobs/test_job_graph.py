@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 from jobs_kit import CLASSES, graph
 
-from comfyd.engine import NodeClasses
+from comfyd.engine import NodeClasses, is_link
 from comfyd.jobs import graph as graph_module
 from comfyd.jobs.graph import (
     check_classes,
     check_shape,
-    is_link,
     mark_unlike_cached,
     prepare_graph,
     saves_something,

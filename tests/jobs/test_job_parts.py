@@ -11,7 +11,7 @@ from jobs_kit import TIMES, event, make_job
 from comfyd.engine import NodeTime, Raised, Refusal
 from comfyd.engine.attempt import ExecutionTimes
 from comfyd.errors import Failure, FailureKind, Fault, InvalidValue
-from comfyd.jobs import Job, JobState, PromptRequest, parse_request
+from comfyd.jobs import Job, JobState, PromptRequest, Request, parse_request
 from comfyd.jobs.deadlines import Deadlines
 from comfyd.jobs.failures import execution_failed, hide_paths, prompt_refused, summary
 from comfyd.jobs.model import Clock
@@ -78,7 +78,8 @@ async def test_the_outcome_is_waited_for_through_any_number_of_changes(
 
 
 def test_the_extra_data_with_its_keys_is_not_shown_in_a_repr() -> None:
-    assert "sk-secret" not in repr(PromptRequest(prompt={}, extra_data={"api_key": "sk-secret"}))
+    for kind in (PromptRequest, Request):
+        assert "sk-secret" not in repr(kind(prompt={}, extra_data={"api_key": "sk-secret"}))
 
 
 def test_stats_add_up_stages_and_are_milliseconds() -> None:
@@ -126,7 +127,7 @@ def test_every_fault_of_a_request_is_told_and_null_means_absent() -> None:
     with pytest.raises(InvalidValue) as caught:
         parse_request({"priority": 101, "timeout_s": 0, "propmt": {}})
     assert {fault.location for fault in caught.value.faults} == {"prompt", "priority", "timeout_s", "propmt"}
-    assert parse_request({"prompt": {}, "id": None, "priority": None, "timeout_s": None}) == PromptRequest(prompt={})
+    assert parse_request({"prompt": {}, "id": None, "priority": None, "timeout_s": None}) == Request(prompt={})
 
 
 # Deadlines
@@ -390,12 +391,12 @@ def test_a_refusal_names_every_input_and_passes_node_errors_on_without_what_is_p
     refusal = Refusal(
         error={"type": "prompt_outputs_failed_validation", "message": "Failed", "details": ""}, node_errors=node_errors
     )
-    failure = prompt_refused(refusal)
+    failure = prompt_refused(refusal, {"4": {"inputs": {}}, "3": {"inputs": {"a": 1, "ckpt": "x"}}})
     assert failure.kind is FailureKind.INVALID_PROMPT
     assert failure.detail == "Failed"
     assert failure.faults == (
-        Fault(location="prompt.3.inputs.ckpt", message="Value not in list: ckpt: 'x' not in ['y']"),
         Fault(location="prompt.3", message="Exception"),
+        Fault(location="prompt.3.inputs.ckpt", message="Value not in list: ckpt: 'x' not in ['y']"),
     )
     told = failure.facts["node_errors"]
     assert told["3"]["errors"][0]["extra_info"] == {"input_name": "ckpt", "received_value": "x"}
@@ -406,14 +407,14 @@ def test_a_refusal_names_every_input_and_passes_node_errors_on_without_what_is_p
 
 @pytest.mark.parametrize("error", [{}, {"message": None}, {"message": "", "details": None}])
 def test_a_refusal_without_words_still_is_a_sentence(error: dict[str, object]) -> None:
-    failure = prompt_refused(Refusal(error=error, node_errors={}))
+    failure = prompt_refused(Refusal(error=error, node_errors={}), {})
     assert failure.detail == "the graph is not valid"
     assert failure.faults == (Fault(location="prompt", message="the graph is not valid"),)
     assert failure.facts == {}
 
 
 def test_a_graph_that_comfyui_finds_to_have_no_outputs_has_the_failure_that_we_would_have_given() -> None:
-    failure = prompt_refused(Refusal(error={"type": "prompt_no_outputs", "message": "No outputs"}, node_errors={}))
+    failure = prompt_refused(Refusal(error={"type": "prompt_no_outputs", "message": "No outputs"}, node_errors={}), {})
     assert failure.kind is FailureKind.NO_OUTPUT_NODE
     assert failure.faults == (Fault(location="prompt", message="No outputs"),)
 

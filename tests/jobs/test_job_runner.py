@@ -30,11 +30,16 @@ from media_kit import png
 from comfyd.engine import Engine, EngineEvent, Interrupted, Raised, Refusal, Refused, Submission
 from comfyd.errors import EngineLost, EngineUnavailable, Failure, FailureKind, WarmupFailed
 from comfyd.jobs import Job, JobService, JobState, Success
-from comfyd.jobs import prepare as prepare_module
+from comfyd.jobs.deliver import Deliverer
 from comfyd.jobs.prepare import Preparer
 from comfyd.jobs.runner import Runner
+from comfyd.media import resolve as resolve_module
+from comfyd.media.fetch import open_fetcher
 from comfyd.media.files import InputStore
 from comfyd.media.inputs import resolve_inputs
+from comfyd.media.resolve import Resolver
+from comfyd.net import UrlPolicy
+from comfyd.storage import S3Store
 
 PICTURE = base64.b64encode(png(4, 4)).decode()
 CANCELLED = Failure(kind=FailureKind.JOB_CANCELLED, detail="cancelled by the caller")
@@ -72,7 +77,7 @@ class Daemon:
         await wait_until(lambda: not (self.service.to_clean or self.preparer._cleaning.borrowed_tokens))
 
     def inputs_on_disk(self) -> list[str]:
-        return sorted(path.name for path in self.preparer.store.root.iterdir() if path.name != ".lock")
+        return sorted(path.name for path in self.preparer.store.root.iterdir() if path.name not in {".lock", "spool"})
 
     def outputs_on_disk(self) -> list[str]:
         return sorted(str(path.relative_to(self.output_dir)) for path in self.output_dir.rglob("*") if path.is_file())
@@ -85,10 +90,22 @@ async def running(tmp_path: Path, engine: ScriptedEngine, **jobs: Any) -> AsyncI
     output_dir.mkdir()
     service = make_service(cast("Engine", engine), **jobs)
     store = InputStore.open(tmp_path / "input")
-    preparer = Preparer(service=service, store=store, limits=service.config.media, output_dir=output_dir)
-    runner = Runner(service=service, engine=cast("Engine", engine), preparer=preparer, output_dir=output_dir)
+    media, s3 = service.config.media, S3Store()
     with closing(store), trio.fail_after(25):
-        async with trio.open_nursery() as nursery:
+        async with open_fetcher(media, UrlPolicy(), store.root / "spool") as fetcher, trio.open_nursery() as nursery:
+            preparer = Preparer(
+                service=service,
+                store=store,
+                resolver=Resolver(store=store, fetcher=fetcher, s3=s3, limits=media),
+                output_dir=output_dir,
+            )
+            runner = Runner(
+                service=service,
+                engine=cast("Engine", engine),
+                preparer=preparer,
+                deliverer=Deliverer(store=store, s3=s3),
+                output_dir=output_dir,
+            )
             for serve in (preparer.serve_preparing, preparer.serve_cleaning, runner.serve):
                 nursery.start_soon(serve)  # noqa: ASYNC113  # none has a moment at which it is ready
             yield Daemon(
@@ -491,7 +508,7 @@ async def test_a_full_disk_fails_the_job_and_not_the_daemon(tmp_path: Path, monk
 
     async with running(tmp_path, scripted(completed())) as daemon:
         with monkeypatch.context() as patch:
-            patch.setattr(prepare_module, "resolve_inputs", full)
+            patch.setattr(resolve_module, "resolve_inputs", full)
             failure = await daemon.failure(daemon.submit(prompt=loading(PICTURE)))
         assert failure.kind is FailureKind.INTERNAL
         assert "No space left" in failure.detail
@@ -507,7 +524,7 @@ async def test_a_job_that_is_cancelled_before_its_inputs_are_looked_at_leaves_no
         daemon.service.cancel(job, CANCELLED)
         await trio.testing.wait_all_tasks_blocked()
         await daemon.wait_cleaned()
-        await wait_until(lambda: not daemon.preparer._limiter.borrowed_tokens)
+        await wait_until(lambda: not daemon.preparer.resolver._limiter.borrowed_tokens)
         assert daemon.inputs_on_disk() == []
 
 
@@ -522,7 +539,7 @@ async def test_a_job_that_is_cancelled_while_its_inputs_are_written_is_cleaned_u
         go_on.wait(10)
         return original(*arguments)
 
-    monkeypatch.setattr(prepare_module, "resolve_inputs", slow)
+    monkeypatch.setattr(resolve_module, "resolve_inputs", slow)
     async with running(tmp_path, scripted()) as daemon:
         job = daemon.submit(prompt=loading(PICTURE))
         await trio.to_thread.run_sync(partial(at_it.wait, 5))
@@ -545,7 +562,7 @@ async def test_several_jobs_are_prepared_at_once(tmp_path: Path, monkeypatch: py
         together.wait()
         return original(*arguments)
 
-    monkeypatch.setattr(prepare_module, "resolve_inputs", meet)
+    monkeypatch.setattr(resolve_module, "resolve_inputs", meet)
     async with running(tmp_path, scripted(*[completed()] * 4)) as daemon:
         jobs = [daemon.submit(name, prompt=loading(PICTURE)) for name in "abcd"]
         for job in jobs:
