@@ -322,6 +322,7 @@ def _start_guard(stack: contextlib.ExitStack) -> _GuardLink:
             stdin=subprocess.DEVNULL,
             stdout=guards_stdout,
             stderr=guards_stderr,
+            env=_guard_environment(),
             pass_fds=(guards_control.fileno(),),
             start_new_session=True,  # out of reach of the terminal's Ctrl-C, and a mark for _kill_leftovers
         )
@@ -341,6 +342,16 @@ def _open_pipe(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tupl
     stream = trio.lowlevel.FdStream(reading)
     ours.callback(stream.close)
     return stream, writing
+
+
+def _guard_environment() -> dict[str, str]:
+    """Of our environment, what an interpreter needs to start: the guard has no use for the daemon's secrets."""
+    needed = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in needed or name.startswith(("_PYI_", "_MEI"))  # a one-file build finds its files by the last two
+    }
 
 
 def _guard_command() -> list[str]:

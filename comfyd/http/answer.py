@@ -43,9 +43,15 @@ async def send_success(
     document = {**result_document(job_id, success), **echo}
     outputs = success.outputs
     if any(output.object_url is not None for output in outputs):
-        await send_whole(send, 200, encode_json(document | {"images": [output.object_url for output in outputs]}))
+        head = {"id": document.pop("id"), "prompt": document.pop("prompt")}
+        urls = {"images": [output.object_url for output in outputs]}
+        await send_whole(send, 200, encode_json(head | urls | document))
         return
     before, after = _frame(document)
+    read_along = [output.base64 for output in outputs if output.base64 is not None]
+    if len(read_along) == len(outputs):
+        await send_whole(send, 200, before + b",".join(b'"%b"' % text for text in read_along) + after)
+        return
     if sum(output.size_bytes for output in outputs) <= _WHOLE_BYTES:
         body = await trio.to_thread.run_sync(_whole, before, outputs, after, limiter=_limiter)
         await send_whole(send, 200, body)

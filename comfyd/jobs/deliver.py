@@ -6,7 +6,7 @@ URL is told only of an object that the store has confirmed.
 
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import attrs
 import structlog
@@ -81,6 +81,7 @@ class Deliverer:
         return tuple(_converted(output, results[place], names[place]) for place, output in enumerate(outputs))
 
     async def _upload(self, outputs: tuple[OutputFile, ...], target: S3Target) -> tuple[OutputFile, ...]:
+        outputs = _named_apart(outputs)
         urls: dict[int, str] = {}
 
         async def upload(place: int) -> None:
@@ -116,6 +117,25 @@ def _converted(output: OutputFile, result: Converted | Unchanged, name: str) -> 
         size_bytes=result.size_bytes,
         converted=True,
     )
+
+
+def _named_apart(outputs: tuple[OutputFile, ...]) -> tuple[OutputFile, ...]:
+    """Number names that occur again: in OUTPUT_DIR their folders tell files apart, in a bucket only the name does.
+
+    ``a/x.png`` and ``b/x.png`` become ``x.png`` and ``x-2.png``, as :func:`delivery_names` does it.
+    """
+    taken = {output.filename for output in outputs}
+    seen: set[str] = set()
+    named: list[OutputFile] = []
+    for output in outputs:
+        name, number = output.filename, 1
+        while name in seen or (number > 1 and name in taken):
+            number += 1
+            path = PurePosixPath(output.filename)
+            name = f"{path.stem}-{number}{path.suffix}"
+        seen.add(name)
+        named.append(attrs.evolve(output, filename=name))
+    return tuple(named)
 
 
 def _failure(kind: FailureKind, detail: str, output: OutputFile) -> Failure:

@@ -38,8 +38,8 @@ class Preparer:
         async with trio.open_nursery() as nursery:
             while True:
                 while self.service.to_prepare:
-                    job, found = self.service.to_prepare.popleft()
-                    nursery.start_soon(self._prepare_and_enqueue, job, found)
+                    # Not by way of a variable: that would keep the last job's inputs, 100 MB of text, until the next.
+                    nursery.start_soon(self._prepare_and_enqueue, *self.service.to_prepare.popleft())
                 await self.service.preparing.park()
 
     async def _prepare_and_enqueue(self, job: Job, found: tuple[Candidate, ...]) -> None:

@@ -37,6 +37,8 @@ _FINISHING_AHEAD: Final = 16
 """Executions that wait for the finishing task before the runner waits for it: it only smooths bursts of tiny jobs."""
 _COLLECTING_THREADS: Final = 4
 """Looking at files is short; more threads would only wait for the same disk."""
+_READ_ALONG_BYTES: Final = 256 * 1024
+"""Outputs of a job that are read in the same turn of the thread that finds them: pictures of a usual size are not."""
 _STALE_RUNS: Final = 2
 """How often a job is run again because a node reported a file that is gone. ComfyUI reports old names for a graph that
 it has run before: the first time its saving nodes are made to run again, the second time the whole cache is emptied."""
@@ -153,8 +155,10 @@ class Runner:
 
     async def _collect(self, job: Job, execution: Completed) -> None:
         began = time.perf_counter()
+        plain = job.request.conversion is None and job.request.s3 is None
+        look = partial(collect, read_along_bytes=_READ_ALONG_BYTES if plain else 0)
         collection: Collection = await trio.to_thread.run_sync(
-            collect, job.graph, execution.outputs, self.output_dir, limiter=self._collecting
+            look, job.graph, execution.outputs, self.output_dir, limiter=self._collecting
         )
         job.clock.collect_s += time.perf_counter() - began
         if job.outcome is not None:  # cancelled meanwhile

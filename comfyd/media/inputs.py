@@ -33,6 +33,7 @@ _TELLING_NAMES: Final = {
     "audio": MediaKind.AUDIO,
 }
 _DATA_URL: Final = re.compile(r"data:[^,;]*(?:;[^,;]+)*?(?P<base64>;base64)?,", re.IGNORECASE)
+_MEDIA_DATA_URL: Final = re.compile(r"data:(?:image|video|audio)/[^,;]+[;,]", re.IGNORECASE)
 # ComfyUI reads "name [folder]" as a file of that folder (0.3.64, folder_paths.py, annotated_filepath).
 _ANNOTATED: Final = re.compile(r"^(?P<name>.*?) ?\[(?P<folder>input|output|temp)\]$", re.DOTALL)
 
@@ -68,9 +69,11 @@ def candidates(graph: Mapping[str, Any], known: NodeClasses) -> Iterator[Candida
         for name, value in node["inputs"].items():
             media = media_inputs.get(name)
             if isinstance(value, str):
-                if media is None and name in _TELLING_NAMES and (is_remote(value) or is_content(value)):
+                if media is None and name in _TELLING_NAMES and _is_plainly_media(value):
                     media = MediaInput(kind=_TELLING_NAMES[name])
-                if media is not None and value not in media.listed:
+                if media is not None and media.is_folder and (is_remote(value) or is_content(value)):
+                    yield Candidate(node_id=node_id, input_name=name, value=(value,), media=media)
+                elif media is not None and value not in media.listed:
                     yield Candidate(node_id=node_id, input_name=name, value=value, media=media)
             elif media is not None and media.is_folder and isinstance(value, list) and not is_link(value):
                 yield Candidate(node_id=node_id, input_name=name, value=tuple(value), media=media)
@@ -122,6 +125,11 @@ class InvalidInputs(Exception):
         self.folder = folder
 
 
+def _is_plainly_media(value: str) -> bool:
+    """Whether *value* is a URL or media whatever its input is for; a text may begin with ``data:``."""
+    return is_remote(value) or _MEDIA_DATA_URL.match(value) is not None or media_type_of_text(value) is not None
+
+
 def is_content(value: str) -> bool:
     """Whether *value* is media itself: a ``data:`` URL, or base64 of a type that we know."""
     return value[:5].lower() == "data:" or media_type_of_text(value) is not None
@@ -143,11 +151,9 @@ def check_name(value: str, input_dir: Path, *, is_folder: bool = False) -> None:
         raise InputRefused("is empty; the name of an input file, base64 or a data: URL is expected")
     if scheme := _SCHEME.match(value):
         raise InputRefused(f"{scheme[1]}:// is not accepted; http, https, s3 and data: URLs are")
-    name = value
-    if annotated := _ANNOTATED.match(value):
-        if annotated["folder"] != "input":
-            raise InputRefused("files of other folders than INPUT_DIR are not accepted")
-        name = annotated["name"]
+    if (annotated := _ANNOTATED.match(value)) and annotated["folder"] != "input":
+        raise InputRefused("files of other folders than INPUT_DIR are not accepted")
+    name = plain_name(value)
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name:
         raise InputRefused(f"must lie in INPUT_DIR; absolute paths and .. are not accepted, got {quoted(value)}")
@@ -161,6 +167,12 @@ def check_name(value: str, input_dir: Path, *, is_folder: bool = False) -> None:
     if not exists:
         what = "folder" if is_folder else "file"
         raise InputRefused(f"there is no input {what} {quoted(value)}, and it is no URL or base64 of media")
+
+
+def plain_name(value: str) -> str:
+    """Give the name in *value*, which may have ComfyUI's annotation behind it: ``a.png [input]`` is ``a.png``."""
+    annotated = _ANNOTATED.match(value)
+    return value if annotated is None else annotated["name"]
 
 
 def write_content(value: str, stem: Path, limits: MediaConfig) -> Path:

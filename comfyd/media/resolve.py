@@ -6,7 +6,7 @@ collected, so that a caller mends all of them at once.
 
 import os
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -26,6 +26,7 @@ from comfyd.media.inputs import (
     check_picture,
     is_content,
     is_remote,
+    plain_name,
     resolve_inputs,
     write_content,
 )
@@ -86,7 +87,7 @@ class Resolver:
         if work.disk_error is not None:
             raise work.disk_error
         if work.faults:
-            order = {candidate.location: place for place, candidate in enumerate(found)}
+            order = {location: place for place, location in enumerate(_locations(found))}
             faults = sorted(work.faults, key=lambda fault: order.get(fault.location, len(order)))
             raise InvalidInputs(tuple(faults), folder)
         return self._told(found, work.values)
@@ -96,7 +97,7 @@ class Resolver:
         for candidate in found:
             place = (candidate.node_id, candidate.input_name)
             if candidate.media.wants_path:
-                shown[place] = values.get(place) or str(candidate.value)
+                shown[place] = values.get(place) or plain_name(str(candidate.value))
                 values[place] = os.fspath(self.store.input_dir.absolute() / shown[place])
         return Resolved(values=values, shown=shown)
 
@@ -128,8 +129,7 @@ class Resolver:
             await trio.to_thread.run_sync(folder.mkdir, limiter=self._limiter)
             work.values[candidate.node_id, candidate.input_name] = self.store.name_for_comfyui(folder)
 
-        await work.attempt([candidate.location], make)
-        if work.faults:
+        if not await work.attempt([candidate.location], make):
             return
         async with trio.open_nursery() as nursery:
             for place, member in enumerate(candidate.value):
@@ -148,7 +148,7 @@ class Resolver:
 
     def _link(self, name: str, folder: Path, stem: str) -> None:
         check_name(name, self.store.input_dir)
-        source = confined(self.store.input_dir, name)
+        source = confined(self.store.input_dir, plain_name(name))
         if source is None:
             raise InputRefused("must lie in INPUT_DIR")
         target = folder / f"{stem}{source.suffix}"
@@ -192,11 +192,22 @@ class _Work:
     values: dict[Place, str]
     disk_error: OSError | None
 
-    async def attempt(self, locations: list[str], work: Callable[[], Awaitable[None]]) -> None:
-        """Do *work*; note what is wrong with the inputs at *locations* instead of raising it."""
+    async def attempt(self, locations: list[str], work: Callable[[], Awaitable[None]]) -> bool:
+        """Do *work*; note what is wrong with the inputs at *locations* instead of raising it. True if nothing is."""
         try:
             await work()
         except (InputRefused, InputNotFetched, StorageFailed, BadS3Url) as exc:
             self.faults.extend(Fault(location=location, message=str(exc)) for location in locations)
         except OSError as exc:
             self.disk_error = exc
+        else:
+            return True
+        return False
+
+
+def _locations(found: tuple[Candidate, ...]) -> Iterator[str]:
+    """Every place that a fault can have, in the order of the request."""
+    for candidate in found:
+        yield candidate.location
+        if not isinstance(candidate.value, str):
+            yield from (f"{candidate.location}.{place}" for place in range(len(candidate.value)))

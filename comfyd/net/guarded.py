@@ -40,6 +40,7 @@ _LOCATION: Final = "comfyd_location"  # of httpx's response extensions
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _STAGGER_S: Final = 0.25  # RFC 8305: after so long the next address is tried beside the one that does not answer
 _MAX_ADDRESSES: Final = 8  # tried of one name; more is a name made to keep us busy
+_READ_BYTES: Final = 256 * 1024  # 32 downloads of 2 MB: 430 ms of the processor with 64 KiB, 300 ms with this
 _RESOLVING_THREADS: Final = 16  # a resolver that does not answer holds its thread for up to 30 s after a cancel
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -335,7 +336,8 @@ class _Stream(httpcore.AsyncNetworkStream):
         self._inner = inner
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  # httpcore's
-        return await self._inner.read(max_bytes, timeout)
+        # httpcore asks for 64 KiB at a time, each of which goes through five generators. It takes what it is given.
+        return await self._inner.read(max(max_bytes, _READ_BYTES), timeout)
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109  # httpcore's
         await self._inner.write(buffer, timeout)

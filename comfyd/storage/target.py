@@ -38,9 +38,7 @@ class S3Target:
     presign_s: (
         Annotated[
             int,
-            Meta(
-                ge=1, le=604_800, description="Answer presigned https URLs, good for so many seconds, instead of s3://."
-            ),
+            Meta(ge=1, le=604_800, description="Also presign a URL for each output's `url`, good for so many seconds."),
         ]
         | None
     ) = None

@@ -3,11 +3,11 @@
 from types import MappingProxyType
 from typing import Final
 
-from comfyd.embedded.nodes import image, sampling, saving, testing, text
+from comfyd.embedded.nodes import image, loading, sampling, saving, testing, text
 from comfyd.embedded.nodes.registry import NodeType
 
 __all__ = ["NODE_TYPES", "NodeType"]
 
 NODE_TYPES: Final = MappingProxyType(
-    {node.name: node for node in (*image.NODES, *saving.NODES, *sampling.NODES, *text.NODES, *testing.NODES)}
+    {node.name: node for module in (image, loading, saving, sampling, text, testing) for node in module.NODES}
 )

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from comfyd.embedded.files import OutsideFolder
@@ -33,7 +34,11 @@ _MAX_LOAD_PX: Final = 178_956_970
 
 def load_image(ctx: NodeContext, *, image: str) -> NodeResult:
     """Decode a file, all frames of it, and its alpha as a mask (opaque is 0; without alpha 64 x 64 of 0)."""
-    frames = _decode(ctx.library, image)
+    return with_masks(decode(ctx.library.folders.locate(image), image))
+
+
+def with_masks(frames: list[Any]) -> NodeResult:
+    """Make the IMAGE and the MASK of decoded *frames*, which have one size."""
     masks = [_hidden_part(frame) for frame in frames if frame.hasalpha()]
     if len(masks) != len(frames):
         masks = [vips().Image.black(64, 64) for _ in frames]
@@ -42,7 +47,7 @@ def load_image(ctx: NodeContext, *, image: str) -> NodeResult:
 
 def load_image_mask(ctx: NodeContext, *, image: str, channel: str) -> NodeResult:
     """Decode a file and keep one channel; alpha is inverted, as ComfyUI's masks are."""
-    frame = _decode(ctx.library, image)[0]
+    frame = decode(ctx.library.folders.locate(image), image)[0]
     if channel == "alpha":
         mask = _hidden_part(frame) if frame.hasalpha() else vips().Image.black(64, 64)
     else:
@@ -56,8 +61,8 @@ def _hidden_part(picture: Any) -> Any:
     return (alpha.cast("uchar", shift=True) if alpha.format == "ushort" else alpha).invert()
 
 
-def _decode(library: Library, name: str) -> list[Any]:
-    path = library.folders.locate(name)
+def decode(path: Path, name: str) -> list[Any]:
+    """Open a picture; more than one frame if it is an animation. *name* is for messages."""
     picture = vips().Image.new_from_file(str(path), fail_on="truncated")
     pages = picture.get("n-pages") if picture.get_typeof("n-pages") else 1
     if picture.width * picture.height * pages > _MAX_LOAD_PX:
@@ -70,7 +75,8 @@ def _decode(library: Library, name: str) -> list[Any]:
     return [picture.autorot()]
 
 
-def _file_exists(library: Library, value: Any) -> str | None:
+def file_exists(library: Library, value: Any) -> str | None:
+    """Say what is wrong with *value* as the name of a file; None if nothing is."""
     wrong = f"Invalid image file: {value}"
     try:
         return None if library.folders.locate(value).exists() else wrong
@@ -78,9 +84,13 @@ def _file_exists(library: Library, value: Any) -> str | None:
         return wrong
 
 
-def _file_fingerprint(library: Library, value: Any, cheap: bool) -> str:
+def file_fingerprint(library: Library, value: Any, cheap: bool) -> str:
     """What is in the file (ComfyUI hashes it at each run), or with *cheap* what the directory says of it."""
-    path = library.folders.locate(value)
+    return fingerprint_of(library.folders.locate(value), cheap)
+
+
+def fingerprint_of(path: Path, cheap: bool) -> str:
+    """Do what :func:`file_fingerprint` does, for a file that has been found."""
     if cheap:
         stat = path.stat()
         return f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}"
@@ -88,20 +98,26 @@ def _file_fingerprint(library: Library, value: Any, cheap: bool) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _input_pictures(library: Library) -> list[str]:
-    folder = library.folders.input
+def input_pictures(library: Library) -> list[str]:
+    """Names of the pictures in the input folder."""
+    return pictures_in(library.folders.input)
+
+
+def pictures_in(folder: Path) -> list[str]:
+    """Names of the pictures in *folder*, sorted."""
     return sorted(
         entry.name for entry in folder.iterdir() if entry.is_file() and entry.suffix.lower() in _PICTURE_SUFFIXES
     )
 
 
-def _input_files(library: Library) -> list[str]:
+def input_files(library: Library) -> list[str]:
+    """Names of all files in the input folder."""
     return sorted(entry.name for entry in library.folders.input.iterdir() if entry.is_file())
 
 
 def _file_input(choices: Callable[[Library], Sequence[str]]) -> Input:
     options = {"image_upload": True}
-    return Input(name="image", type="COMBO", choices=choices, listed=True, options=options, check=_file_exists)
+    return Input(name="image", type="COMBO", choices=choices, listed=True, options=options, check=file_exists)
 
 
 def empty_image(ctx: NodeContext, *, width: int, height: int, batch_size: int = 1, color: int = 0) -> NodeResult:
@@ -281,7 +297,8 @@ def _free_empty(ctx: NodeContext, *, width: int, height: int, batch_size: int = 
     return _unpainted(width, height, batch_size)
 
 
-def _free_load(ctx: NodeContext, *, image: str) -> NodeResult:
+def free_load(ctx: NodeContext, *, image: str) -> NodeResult:
+    """Stand for a picture that is there, without its pixels."""
     if not ctx.library.folders.locate(image).is_file():
         raise FileNotFoundError(image)
     picture = Images(width_px=8, height_px=8, count=1)
@@ -290,7 +307,7 @@ def _free_load(ctx: NodeContext, *, image: str) -> NodeResult:
 
 def _free_load_mask(ctx: NodeContext, *, image: str, channel: str) -> NodeResult:
     del channel
-    return _free_load(ctx, image=image)
+    return free_load(ctx, image=image)
 
 
 def _free_same(ctx: NodeContext, *, image: Images, **_others: Any) -> NodeResult:
@@ -327,11 +344,11 @@ NODES: Final = (
         display_name="Load Image",
         category="image",
         run=load_image,
-        costless=_free_load,
+        costless=free_load,
         threaded=True,
-        inputs=(_file_input(_input_pictures),),
+        inputs=(_file_input(input_pictures),),
         outputs=("IMAGE", "MASK"),
-        fingerprint=("image", _file_fingerprint),
+        fingerprint=("image", file_fingerprint),
     ),
     NodeType(
         name="LoadImageMask",
@@ -340,9 +357,9 @@ NODES: Final = (
         run=load_image_mask,
         costless=_free_load_mask,
         threaded=True,
-        inputs=(_file_input(_input_files), choice("channel", _CHANNELS)),
+        inputs=(_file_input(input_files), choice("channel", _CHANNELS)),
         outputs=("MASK",),
-        fingerprint=("image", _file_fingerprint),
+        fingerprint=("image", file_fingerprint),
     ),
     NodeType(
         name="EmptyImage",

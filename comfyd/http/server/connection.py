@@ -191,6 +191,8 @@ class Connection:
             if self._head_began_at is None:
                 return self.idle_since + self._config.keep_alive_timeout_s
             return self._head_began_at + self._config.header_timeout_s
+        if self._websocket_bytes is not None:  # a client may listen for ever; h11 would still wait for a body's end
+            return NEVER
         return now + self._patience_s if self._h11.their_state is h11.SEND_BODY else NEVER
 
     def _feed(self, data: bytes, waited_s: float) -> None:
