@@ -34,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
         "environment:\n"
         "  COMFYUI_DIR, COMFYUI_PYTHON   ComfyUI's folder and interpreter, for real-client\n"
         "  PEER_COMMAND                  starts another server of POST /prompt in the foreground, which obeys\n"
-        "                                PORT and COMFYUI_PORT_HOST and stops on SIGINT",
+        "                                PORT and COMFYUI_PORT_HOST, and CMD, INPUT_DIR and OUTPUT_DIR if they are\n"
+        "                                set, keeps its files in PEER_DATA and stops on SIGINT; without it, what is\n"
+        "                                compared with the peer has no verdict",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("scenarios", nargs="*", choices=SCENARIOS, default=[], metavar="SCENARIO")

@@ -16,9 +16,28 @@ def graph(name: str, number: int, prefix: str) -> dict[str, Any]:
             invert = {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}}
             return {"1": _empty_image(512, number % 0xFFFFFF), "2": invert, "3": _save("2", prefix)}
         case "large":
-            return {"1": {"class_type": "SaveBytes", "inputs": {"size_mb": 200, "filename_prefix": prefix}}}
+            return large(200, prefix)
         case _:
             raise ValueError(f"there is no graph {name!r}")
+
+
+def copied(source: str, prefix: str) -> dict[str, Any]:
+    """The graph that makes an output of the input file *source*, on :mod:`benchmarks.media_engine` only."""
+    return {"1": {"class_type": "CopyFile", "inputs": {"source": source, "filename_prefix": prefix}}}
+
+
+def loaded(images: list[str], prefix: str) -> dict[str, Any]:
+    """The graph that loads each of *images*, whatever they are to the server: names, URLs, base64."""
+    graph: dict[str, Any] = {}
+    for number, image in enumerate(images, start=1):
+        graph[f"{number}"] = {"class_type": "LoadImage", "inputs": {"image": image}}
+        graph[f"{number + 1000}"] = _save(f"{number}", f"{prefix}-{number}")
+    return graph
+
+
+def large(size_mb: int, prefix: str) -> dict[str, Any]:
+    """The graph that writes a file of *size_mb* MiB, on the embedded engine only."""
+    return {"1": {"class_type": "SaveBytes", "inputs": {"size_mb": size_mb, "filename_prefix": prefix}}}
 
 
 def _empty_image(size_px: int, color: int) -> dict[str, Any]:

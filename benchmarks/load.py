@@ -8,6 +8,7 @@ import select
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -27,10 +28,16 @@ _WAIT_S: Final = 120.0
 class Load(msgspec.Struct, kw_only=True):
     """What is to be done, and on which processors."""
 
-    mode: Literal["prompts", "raw", "large"]
+    mode: Literal["prompts", "raw", "large", "given", "download"]
     url: str
-    graph: str
+    graph: str = ""
     """A name of :mod:`benchmarks.graphs`."""
+    paths: list[str] = []  # msgspec copies it
+    """For *given*: files that hold the bodies to post, used in turn. For *download*: what to ask *url* for."""
+    most_bytes: int = 1 << 60
+    """For *given*: what a right answer is not larger than."""
+    probes: bool = False
+    """For *given*: ask the readiness probe every 5 ms meanwhile."""
     total: int = 1
     in_flight: int = 1
     output_dir: str = ""
@@ -54,7 +61,9 @@ def main() -> None:
     load = msgspec.json.decode(sys.stdin.buffer.read(), type=Load)
     if load.cores:
         os.sched_setaffinity(0, load.cores)
-    run = {"prompts": run_prompts, "raw": run_raw, "large": run_large}[load.mode]
+    run = {"prompts": run_prompts, "raw": run_raw, "large": run_large, "given": run_given, "download": run_download}[
+        load.mode
+    ]
     sys.stdout.buffer.write(msgspec.json.encode(run(load)))
 
 
@@ -72,8 +81,61 @@ def _check_large(answer: Answer) -> None:
         raise BadAnswer(f"status {answer.status}, {answer.body_bytes} bytes: {answer.body[:500]!r}")
 
 
+def _check_downloaded(answer: Answer) -> None:
+    if answer.status != 200 or not answer.body_bytes:
+        raise BadAnswer(f"status {answer.status}, {answer.body_bytes} bytes")
+
+
 def run_prompts(load: Load) -> Measured:
     """Run prompts through a server that answers each with its files, so many at once."""
+    return _post_all(load, lambda sent: _prompt(load, load.first + sent), _check)
+
+
+def run_given(load: Load) -> Measured:
+    """Post bodies that were made before, so many at once."""
+    # Made before anything is measured: a body is joined to its head once, and the same bytes are sent each time.
+    requests = [request("POST", "/prompt", Path(path).read_bytes()) for path in load.paths]
+    probing = _Probing(load.url) if load.probes else None
+
+    def check(answer: Answer) -> None:
+        if answer.status != 200 or not 0 < answer.body_bytes <= load.most_bytes:
+            raise BadAnswer(f"status {answer.status}, {answer.body_bytes} bytes: {answer.body[:500]!r}")
+
+    try:
+        measured = _post_all(load, lambda sent: requests[sent % len(requests)], check)
+    finally:
+        probes = probing.stop() if probing else []
+    measured.probes_ms = probes
+    return measured
+
+
+def run_download(load: Load) -> Measured:
+    """Get everything at once, and keep nothing: as fast as it can come."""
+    latencies: list[float] = []
+    failures: list[BaseException] = []
+
+    def get(path: str) -> None:
+        try:
+            sent_at = time.perf_counter()
+            answer = HttpConnection.open(load.url).ask(request("GET", path))
+            latencies.append((time.perf_counter() - sent_at) * 1000)
+            _check_downloaded(answer)
+        except (BadAnswer, OSError) as exc:
+            failures.append(exc)
+
+    threads = [threading.Thread(target=get, args=[path]) for path in load.paths]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return Measured(elapsed_s=time.perf_counter() - began, latencies_ms=latencies)
+
+
+def _post_all(load: Load, request_of: Callable[[int], bytes], check: Callable[[Answer], None]) -> Measured:
+    """Post what *request_of* says for 0, 1, ..., as many at once as *load* says, and *check* each answer."""
     poll = select.epoll()
     connections: dict[int, HttpConnection] = {}
     for _ in range(load.in_flight):
@@ -87,7 +149,7 @@ def run_prompts(load: Load) -> Measured:
     for number, connection in connections.items():
         if sent < load.total:
             sent_at[number] = time.perf_counter()
-            connection.send(_prompt(load, load.first + sent))
+            connection.send(request_of(sent))
             sent += 1
     while len(latencies) < load.total:
         ready = poll.poll(_WAIT_S)
@@ -97,12 +159,12 @@ def run_prompts(load: Load) -> Measured:
             answer = connections[number].receive()
             if answer is None:
                 continue
-            _check(answer)
+            check(answer)
             now = time.perf_counter()
             latencies.append((now - sent_at[number]) * 1000)
             if sent < load.total:
                 sent_at[number] = now
-                connections[number].send(_prompt(load, load.first + sent))
+                connections[number].send(request_of(sent))
                 sent += 1
     return Measured(elapsed_s=time.perf_counter() - began, latencies_ms=latencies)
 
@@ -238,6 +300,31 @@ def run_large(load: Load) -> Measured:
     if failures:
         raise failures[0]
     return Measured(elapsed_s=time.perf_counter() - began, latencies_ms=latencies, probes_ms=probes, beside_ms=beside)
+
+
+class _Probing:
+    """Probes the readiness of a server, in a thread, until it is told to stop."""
+
+    def __init__(self, url: str) -> None:
+        self._ended = threading.Event()
+        self._found: list[float] = []
+        self._failed: list[BaseException] = []
+        self._thread = threading.Thread(target=self._probe, args=[url])
+        self._thread.start()
+
+    def stop(self) -> list[float]:
+        """Return how long each probe took, in milliseconds."""
+        self._ended.set()
+        self._thread.join()
+        if self._failed:
+            raise self._failed[0]
+        return self._found
+
+    def _probe(self, url: str) -> None:
+        try:
+            self._found = _probe_until(self._ended, url)
+        except (BadAnswer, OSError) as exc:
+            self._failed.append(exc)
 
 
 def _probe_until(ended: threading.Event, url: str) -> list[float]:

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import attrs
@@ -26,6 +27,7 @@ _START_S: Final = 90.0
 _STOP_S: Final = 40.0
 _LOAD_S: Final = 300.0
 _MIB: Final = 1024.0  # of the kB in /proc
+NO_SETTINGS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class NotStarted(Exception):
@@ -71,6 +73,7 @@ class EngineKind:
 
 
 EMBEDDED: Final = EngineKind(argv=(sys.executable, "-m", "comfyd.embedded", "--cost", "none"))
+MEDIA: Final = EngineKind(argv=(sys.executable, "-m", "benchmarks.media_engine", "--cost", "none"))
 COUNTING: Final = EngineKind(argv=(sys.executable, "-m", "benchmarks.counting_engine", "--cost", "none"))
 
 
@@ -153,8 +156,8 @@ def engine_alone(kind: EngineKind, cores: Cores) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def comfyd(kind: EngineKind, cores: Cores) -> Iterator[Server]:
-    """Run comfyd with an engine as its child."""
+def comfyd(kind: EngineKind, cores: Cores, settings: Mapping[str, str] = NO_SETTINGS) -> Iterator[Server]:
+    """Run comfyd with an engine as its child; *settings* are more of its environment."""
     with tempfile.TemporaryDirectory(prefix="comfyd-bench-") as name:
         folder = Path(name)
         port, engine_port = _free_port(), _free_port()
@@ -170,6 +173,7 @@ def comfyd(kind: EngineKind, cores: Cores) -> Iterator[Server]:
             "STARTUP_CHECK_MAX_TRIES": str(int(_START_S)),
             "LOG_FORMAT": "json",
             "DRAIN_TIMEOUT_S": "5",
+            **settings,
         }
         log = folder / "comfyd.log"
         began = time.perf_counter()
@@ -190,15 +194,21 @@ def comfyd(kind: EngineKind, cores: Cores) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def peer(cores: Cores) -> Iterator[Server]:
+def peer(cores: Cores, kind: EngineKind | None = None) -> Iterator[Server]:
     """Run PEER_COMMAND: another server of ``POST /prompt`` that starts its engine itself.
 
-    It stays in the foreground, listens on PORT, lets its engine listen on COMFYUI_PORT_HOST, and stops on SIGINT.
+    It stays in the foreground, listens on PORT, lets its engine listen on COMFYUI_PORT_HOST, and stops on SIGINT. With
+    *kind* it is told which engine to start, and where files are, by CMD, INPUT_DIR and OUTPUT_DIR.
     """
-    port = _free_port()
-    environ = {**os.environ, "PORT": str(port), "COMFYUI_PORT_HOST": str(_free_port()), "LOG_LEVEL": "warn"}
+    port, engine_port = _free_port(), _free_port()
+    environ = {**os.environ, "PORT": str(port), "COMFYUI_PORT_HOST": str(engine_port), "LOG_LEVEL": "warn"}
     with tempfile.TemporaryDirectory(prefix="comfyd-bench-") as folder:
         environ["PEER_DATA"] = folder
+        if kind is not None:
+            environ["CMD"] = shlex.join(kind.command(engine_port, Path(folder)))
+            environ["INPUT_DIR"] = os.path.join(folder, "input")
+            environ["OUTPUT_DIR"] = os.path.join(folder, "output")
+            environ["PYTHONPATH"] = str(REPOSITORY)  # it may start the engine in another folder
         began = time.perf_counter()
         command = shlex.split(os.environ["PEER_COMMAND"])
         with _process(command, environ, stop_by=signal.SIGINT) as process:
@@ -206,6 +216,21 @@ def peer(cores: Cores) -> Iterator[Server]:
             _wait_ok(process, url, "/ready")
             took_s = time.perf_counter() - began
             yield Server(pid=process.pid, url=url, folder=Path(folder), started_in_s=took_s, cores=cores)
+
+
+@contextlib.contextmanager
+def remote(*options: str) -> Iterator[str]:
+    """Run :mod:`benchmarks.remote`; yield its URL."""
+    command = [sys.executable, "-m", "benchmarks.remote", *options]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None  # for mypy
+            port = process.stdout.readline().strip()
+            if not port:
+                raise NotStarted(f"{command!r} said nothing")
+            yield f"http://127.0.0.1:{int(port)}"
+        finally:
+            process.kill()  # it holds nothing that should be saved
 
 
 def _engine_pid(log: Path) -> int:

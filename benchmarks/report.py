@@ -17,14 +17,15 @@ RESULTS: Final = Path(__file__).parent / "results"
 
 @attrs.frozen(kw_only=True)
 class Bound:
-    """What is wanted of comfyd: its own value, or its ratio to the raw client's, at most or at least *limit*."""
+    """What is wanted of comfyd: its own value, or its ratio to another contender's, at most or at least *limit*."""
 
     limit: float
     ratio: bool = False
+    to: str = "raw"
     at_least: bool = False
 
     def __str__(self) -> str:
-        return f"{'>=' if self.at_least else '<='} {self.limit:g}{'x raw' if self.ratio else ''}"
+        return f"{'>=' if self.at_least else '<='} {self.limit:g}{f'x {self.to}' if self.ratio else ''}"
 
 
 @attrs.frozen(kw_only=True)
@@ -42,17 +43,17 @@ class Row:
         values = self.values.get(contender)
         return statistics.median(values) if values else None
 
-    def ratio(self, contender: str = "comfyd") -> float | None:
-        """Return a contender's median by that of the raw client."""
-        value, raw = self.median(contender), self.median("raw")
-        return value / raw if value is not None and raw else None
+    def ratio(self, contender: str = "comfyd", to: str = "raw") -> float | None:
+        """Return a contender's median by that of another, the raw client if not said."""
+        value, other = self.median(contender), self.median(to)
+        return value / other if value is not None and other else None
 
     @property
     def kept(self) -> bool | None:
         """Whether the bound is kept; None where nothing is wanted."""
         if self.bound is None:
             return None
-        value = self.ratio() if self.bound.ratio else self.median("comfyd")
+        value = self.ratio(to=self.bound.to) if self.bound.ratio else self.median("comfyd")
         if value is None:
             return None
         return value >= self.bound.limit if self.bound.at_least else value <= self.bound.limit
@@ -66,12 +67,13 @@ class Row:
             "rounds": self.values,
             "medians": {contender: self.median(contender) for contender in self.values},
             "ratios_to_raw": {contender: self.ratio(contender) for contender in self.values},
+            "ratio_to_peer": self.ratio(to="peer"),
             "wanted": None if self.bound is None else str(self.bound),
             "kept": self.kept,
         }
 
 
-_COLUMNS: Final = ("scenario", "measure", "raw", "comfyd", "peer", "ratio", "peer ratio", "wanted", "")
+_COLUMNS: Final = ("scenario", "measure", "raw", "comfyd", "peer", "to raw", "peer to raw", "to peer", "wanted", "")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -95,7 +97,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         shown(row.median("comfyd")),
         shown(row.median("peer")),
         shown(row.ratio(), "x"),
-        shown(row.ratio("peer"), "x") if "peer" in row.values else "-",
+        shown(row.ratio("peer"), "x"),
+        shown(row.ratio(to="peer"), "x"),
         "" if row.bound is None else str(row.bound),
         kept,
     )

@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-import attrs
-
+from benchmarks.effort import FULL, QUICK, Effort, Numbers, ours
 from benchmarks.load import Load
+from benchmarks.media_scenarios import MEDIA_SCENARIOS
 from benchmarks.processes import (
     COUNTING,
     EMBEDDED,
@@ -26,33 +26,6 @@ from benchmarks.processes import (
     requests_of,
 )
 from benchmarks.report import Bound, Row
-
-
-@attrs.frozen(kw_only=True)
-class Effort:
-    """How much is measured: *rounds*, and what part of the full number of prompts in each."""
-
-    rounds: int
-    part: float
-
-    def prompts(self, full: int) -> int:
-        """Return how many prompts a round has."""
-        return max(10, round(full * self.part))
-
-
-QUICK: Final = Effort(rounds=2, part=0.2)
-FULL: Final = Effort(rounds=5, part=1.0)
-
-
-@attrs.define(eq=False)
-class _Numbers:
-    """Gives each load its own prompts: no two of a run have the same number."""
-
-    _next: int = 1
-
-    def take(self, count: int) -> int:
-        first, self._next = self._next, self._next + count
-        return first
 
 
 def one_client(effort: Effort) -> list[Row]:
@@ -89,7 +62,7 @@ def _alternate(
     *,
     with_peer: bool = False,
 ) -> Row:
-    numbers = _Numbers()
+    numbers = Numbers()
     latencies: dict[str, list[float]] = {}
     with ExitStack() as stack:
         contenders = {
@@ -115,17 +88,17 @@ def _alternate(
 
 def in_flight(effort: Effort) -> list[Row]:
     """500 callers wait at the same time, on an engine that costs nothing."""
-    numbers, prompts, callers = _Numbers(), effort.prompts(2000), 500
+    numbers, prompts, callers = Numbers(), effort.prompts(2000), 500
     rates: dict[str, list[float]] = {"raw": [], "comfyd": []}
     growth: list[float] = []
     processor: list[float] = []
     cores = Cores.shared_out()
-    with engine_alone(EMBEDDED, cores) as raw, comfyd(EMBEDDED, cores) as ours:
-        ours.run(Load(mode="prompts", url=ours.url, graph="tiny", total=50, first=numbers.take(50)))
+    with engine_alone(EMBEDDED, cores) as raw, comfyd(EMBEDDED, cores) as daemon:
+        daemon.run(Load(mode="prompts", url=daemon.url, graph="tiny", total=50, first=numbers.take(50)))
         raw.run(Load(mode="raw", url=raw.url, graph="tiny", total=50, first=numbers.take(50)))
-        before_mb = ours.rss_mb()
+        before_mb = daemon.rss_mb()
         for _ in range(effort.rounds):
-            for contender, server in (("raw", raw), ("comfyd", ours)):
+            for contender, server in (("raw", raw), ("comfyd", daemon)):
                 server.forget_peak()
                 load = Load(
                     mode="raw" if contender == "raw" else "prompts",
@@ -137,10 +110,10 @@ def in_flight(effort: Effort) -> list[Row]:
                 )
                 used_s = server.cpu_s()
                 measured = server.run(load)
-                if server is ours:
+                if server is daemon:
                     processor.append((server.cpu_s() - used_s) * 1000 / prompts)
                 rates[contender].append(len(measured.latencies_ms) / measured.elapsed_s)
-            growth.append(ours.peak_rss_mb() - before_mb)
+            growth.append(daemon.peak_rss_mb() - before_mb)
     return [
         Row(
             scenario="in-flight",
@@ -149,14 +122,14 @@ def in_flight(effort: Effort) -> list[Row]:
             values=rates,
             bound=Bound(limit=0.3, ratio=True, at_least=True),  # 300 where a raw client has 1,000
         ),
-        _ours("in-flight", "processor time of the daemon", "ms/prompt", processor, Bound(limit=3.3)),
-        _ours("in-flight", "growth of RSS", "MB", growth, Bound(limit=60)),
+        ours("in-flight", "processor time of the daemon", "ms/prompt", processor, Bound(limit=3.3)),
+        ours("in-flight", "growth of RSS", "MB", growth, Bound(limit=60)),
     ]
 
 
 def large_output(effort: Effort) -> list[Row]:
     """An output of 200 MB goes to one client, while others ask the probe and run small prompts."""
-    numbers = _Numbers()
+    numbers = Numbers()
     growth: list[float] = []
     probes: list[float] = []
     beside: list[float] = []
@@ -175,10 +148,10 @@ def large_output(effort: Effort) -> list[Row]:
                 beside.append(max(measured.beside_ms) - usual_ms)
     within = Bound(limit=50)
     return [
-        _ours("large-output", "growth of RSS", "MB", growth, Bound(limit=40)),
-        _ours("large-output", "longest delay of a probe", "ms", probes, within),
-        _ours("large-output", "longest delay of a prompt", "ms", beside, within),
-        _ours("large-output", "speed, run and delivered", "MB/s", rate, None),
+        ours("large-output", "growth of RSS", "MB", growth, Bound(limit=40)),
+        ours("large-output", "longest delay of a probe", "ms", probes, within),
+        ours("large-output", "longest delay of a prompt", "ms", beside, within),
+        ours("large-output", "speed, run and delivered", "MB/s", rate, None),
     ]
 
 
@@ -200,9 +173,9 @@ def start(effort: Effort) -> list[Row]:
         beyond.append(started["comfyd"][-1] - started["raw"][-1])
     return [
         Row(scenario="start", measure="start to ready", unit="s", values=started),
-        _ours("start", "beyond the engine's own", "s", beyond, Bound(limit=0.5)),
-        _ours("start", "idle RSS", "MB", idle, Bound(limit=90)),
-        _ours("start", "RSS after 100 prompts", "MB", used, None),
+        ours("start", "beyond the engine's own", "s", beyond, Bound(limit=0.5)),
+        ours("start", "idle RSS", "MB", idle, Bound(limit=90)),
+        ours("start", "RSS after 100 prompts", "MB", used, None),
     ]
 
 
@@ -222,13 +195,9 @@ def questions(effort: Effort) -> list[Row]:
             each.append(sum(asked.values()) / prompts)
             before = after
     return [
-        _ours("questions", "GET /history and /queue", "requests", history, Bound(limit=0)),
-        _ours("questions", "requests to the engine", "per prompt", each, Bound(limit=1.1)),
+        ours("questions", "GET /history and /queue", "requests", history, Bound(limit=0)),
+        ours("questions", "requests to the engine", "per prompt", each, Bound(limit=1.1)),
     ]
-
-
-def _ours(scenario: str, measure: str, unit: str, values: list[float], bound: Bound | None) -> Row:
-    return Row(scenario=scenario, measure=measure, unit=unit, values={"comfyd": values}, bound=bound)
 
 
 SCENARIOS: Final[dict[str, Callable[[Effort], list[Row]]]] = {
@@ -238,6 +207,7 @@ SCENARIOS: Final[dict[str, Callable[[Effort], list[Row]]]] = {
     "in-flight": in_flight,
     "large-output": large_output,
     "questions": questions,
+    **MEDIA_SCENARIOS,
 }
 
 __all__ = ["FULL", "QUICK", "SCENARIOS", "Effort"]

@@ -12,26 +12,27 @@
 import signal
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import attrs
 import structlog
 import trio
 
 from comfyd import __version__
-from comfyd.config import Config, HttpConfig
+from comfyd.config import Config
 from comfyd.engine.supervisor import SupervisorConfig, supervise_engine
 from comfyd.errors import EngineError, Failure, FailureKind, StartupFailed
 from comfyd.host.environment import child_environment
-from comfyd.jobs import JobService, ServiceConfig, serve_jobs
-from comfyd.storage import S3Store
+
+if TYPE_CHECKING:
+    from comfyd.jobs import JobService
 
 log = structlog.get_logger("comfyd.daemon")
 
 EXIT_STOPPED: Final = 0
 EXIT_GAVE_UP: Final = 1
 LAUNCH_HEAD_START_S: Final = 0.25
-"""How long the import of the HTTP stack waits for the engine's process to be launched, so that the two overlap. Not
+"""How long the import of jobs and HTTP waits for the engine's process to be launched, so that the two overlap. Not
 longer: the probes of a balancer should be answered from the first moment, also if the engine cannot be started."""
 HTTP_STOP_GRACE_S: Final = 1.0
 """For what is still being answered once every job has ended: the drain has waited for all answers that clients read."""
@@ -79,22 +80,19 @@ async def run_tree(config: Config, environ: Mapping[str, str], shutdown: Shutdow
     engine_config = SupervisorConfig(
         engine=config.engine, env=lambda port: child_environment(environ, config.engine, port=port)
     )
-    service_config = ServiceConfig(jobs=config.jobs, media=config.media, urls=config.urls)
-    s3 = S3Store(config=config.s3)
     stop_http = trio.Event()
     async with trio.open_nursery() as engines:
         engine = await engines.start(supervise_engine, engine_config, shutdown.engine_gave_up)
+        with trio.move_on_after(LAUNCH_HEAD_START_S):
+            while not engine.processes:
+                await engine.wait_changed()
+        services = await trio.to_thread.run_sync(_load_services, config)
         async with trio.open_nursery() as jobs:
-            service: JobService = await jobs.start(
-                partial(serve_jobs, service_config, engine, config.engine.input_dir, config.engine.output_dir, s3)
-            )
-            with trio.move_on_after(LAUNCH_HEAD_START_S):
-                while not engine.processes:
-                    await engine.wait_changed()
+            service: JobService = await jobs.start(services.serve_jobs, engine)
             try:
                 async with trio.open_nursery() as http:
-                    serve = await trio.to_thread.run_sync(_load_http, service, config.http)
-                    url: str = await http.start(serve, stop_http)
+                    serve = partial(services.serve_http, services.make_app(service), stop=stop_http)
+                    url: str = await http.start(serve)
                     log.info("daemon.listening", url=url)
                     await shutdown.asked.wait()
                     await drain(service, config.jobs.drain_timeout_s)
@@ -102,22 +100,46 @@ async def run_tree(config: Config, environ: Mapping[str, str], shutdown: Shutdow
             finally:
                 engine.let_go()
             jobs.cancel_scope.cancel("HTTP has stopped")
-        s3.close()
+        services.close()
         engines.cancel_scope.cancel("jobs have stopped")
 
 
-def _load_http(service: JobService, config: HttpConfig) -> Callable[..., Awaitable[None]]:
-    """Make the HTTP service. Importing it takes a third of a second, during which the engine is starting already."""
+@attrs.frozen(kw_only=True)
+class _Services:
+    """What is imported while the engine is starting: half a second of imports, of which its caller need not wait."""
+
+    serve_jobs: Callable[..., Awaitable[None]]
+    make_app: Callable[["JobService"], Any]
+    serve_http: Callable[..., Awaitable[None]]
+    close: Callable[[], None]
+
+
+def _load_services(config: Config) -> _Services:
+    """Import and set up what runs inside of the engine's nursery. Blocks: called in a thread."""
     from comfyd.http.app import ComfydApp
     from comfyd.http.server import HttpServerConfig, serve_http
+    from comfyd.jobs import ServiceConfig, serve_jobs
+    from comfyd.storage import S3Store
 
-    server_config = HttpServerConfig(
-        host=config.host, port=config.port, max_body_bytes=config.max_body_bytes, stop_grace_s=HTTP_STOP_GRACE_S
+    service_config = ServiceConfig(jobs=config.jobs, media=config.media, urls=config.urls)
+    http_config = HttpServerConfig(
+        host=config.http.host,
+        port=config.http.port,
+        max_body_bytes=config.http.max_body_bytes,
+        stop_grace_s=HTTP_STOP_GRACE_S,
     )
-    return partial(serve_http, ComfydApp(service, config.max_body_bytes), server_config)
+    s3 = S3Store(config=config.s3)
+
+    engine = config.engine
+    return _Services(
+        serve_jobs=partial(serve_jobs, service_config, input_dir=engine.input_dir, output_dir=engine.output_dir, s3=s3),
+        make_app=partial(ComfydApp, max_body_bytes=config.http.max_body_bytes),
+        serve_http=partial(serve_http, config=http_config),
+        close=s3.close,
+    )
 
 
-async def drain(service: JobService, timeout_s: float) -> None:
+async def drain(service: "JobService", timeout_s: float) -> None:
     """Take no more jobs, let those in flight end and be delivered, and end the rest when the time is over."""
     service.begin_drain()
     began = trio.current_time()

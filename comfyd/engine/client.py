@@ -5,18 +5,16 @@ not answer or answers nonsense. Time-outs are the caller's, by a cancel scope.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import attrs
-import httpx
 import msgspec
 
 from comfyd.engine.submit_link import SubmitLink
 from comfyd.errors import EngineUnavailable
 
-# Few connections: one runner submits, and control calls (interrupt, history) are rare. A long list would cost time,
-# as httpcore walks its whole pool for each request.
-_LIMITS = httpx.Limits(max_connections=8, max_keepalive_connections=4, keepalive_expiry=30)
+if TYPE_CHECKING:
+    import httpx
 
 
 @attrs.frozen(kw_only=True)
@@ -45,10 +43,15 @@ class EngineClient:
     """One engine's HTTP interface. An async context manager: leaving it closes the connections."""
 
     def __init__(self, base_url: str) -> None:
+        import httpx  # a tenth of a second, in which the engine's process is starting already
+
+        self._errors = httpx.HTTPError
         self._http = httpx.AsyncClient(
             base_url=base_url,
             timeout=None,  # noqa: S113  # time-outs are the caller's, by cancel scope
-            limits=_LIMITS,
+            # Few connections: one runner submits, and control calls (interrupt, history) are rare. A long list would
+            # cost time, as httpcore walks its whole pool for each request.
+            limits=httpx.Limits(max_connections=8, max_keepalive_connections=4, keepalive_expiry=30),
             trust_env=False,  # the engine is our child on this machine: never through a proxy
             follow_redirects=False,
         )
@@ -169,13 +172,13 @@ class EngineClient:
         if response.status_code >= 300:
             raise EngineUnavailable(f"the engine answered POST {path} with status {response.status_code}")
 
-    async def _request(self, method: str, path: str, content: bytes | None = None) -> httpx.Response:
+    async def _request(self, method: str, path: str, content: bytes | None = None) -> "httpx.Response":
         if self._http.is_closed:  # the engine has ended, and the caller is about to learn it
             raise EngineUnavailable(f"{method} {path}: the engine is gone")
         headers = {"content-type": "application/json"} if content is not None else None
         try:
             return await self._http.request(method, path, content=content, headers=headers)
-        except httpx.HTTPError as exc:
+        except self._errors as exc:
             raise EngineUnavailable(f"{method} {path}: {str(exc) or type(exc).__name__}") from exc
 
 

@@ -8,12 +8,12 @@ from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, HTTPScope, L
 from quart import Response
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge
 
-from comfyd import __version__
 from comfyd.errors import EngineError, Failure, FailureKind
 from comfyd.http import problems
 from comfyd.http.asgi import guarded
 from comfyd.http.events import JobEventsEndpoint
 from comfyd.http.jobs import add_jobs
+from comfyd.http.probes import PROBES, probe
 from comfyd.http.prompt import PromptEndpoint
 from comfyd.http.responses import json_response, problem_response
 from comfyd.http.server import HardenedQuart
@@ -31,9 +31,9 @@ class ComfydApp(HardenedQuart):
 
     def __init__(self, service: JobService, max_body_bytes: int) -> None:
         super().__init__("comfyd", max_body_bytes=max_body_bytes)
+        self._service = service
         self._prompt = PromptEndpoint(service, max_body_bytes)
         self._events = JobEventsEndpoint(service)
-        _add_probes(self, service)
         _add_models(self, service)
         add_jobs(self, service)
         _add_problems(self, max_body_bytes)
@@ -47,6 +47,9 @@ class ComfydApp(HardenedQuart):
         """Serve one request, by a plain endpoint if it is one's, by Quart otherwise."""
         if scope["type"] == "http":
             path = scope["path"]
+            if path in PROBES:
+                await probe(path, scope["method"], self._service, send)
+                return
             if path == "/prompt":
                 await guarded(send, lambda noted: self._prompt(scope, receive, noted))
                 return
@@ -55,22 +58,6 @@ class ComfydApp(HardenedQuart):
                 await guarded(send, lambda noted: self._events(scope, receive, noted, job_id))
                 return
         await super().__call__(scope, receive, send)
-
-
-def _add_probes(app: HardenedQuart, service: JobService) -> None:
-    @app.get("/health")
-    async def health() -> Response:
-        """Whether a warm-up was ever completed, whatever the engine does later."""
-        status = "healthy" if service.healthy else "not healthy"
-        return json_response({"version": __version__, "status": status}, 200 if service.healthy else 503)
-
-    @app.get("/ready")
-    async def ready() -> Response:
-        """Whether more work should be sent here."""
-        reason = service.not_ready_reason()
-        if reason is None:
-            return json_response({"version": __version__, "status": "ready"}, 200)
-        return json_response({"version": __version__, "status": "not ready", "reason": reason}, 503)
 
 
 def _add_models(app: HardenedQuart, service: JobService) -> None:

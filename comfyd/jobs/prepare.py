@@ -19,6 +19,8 @@ from comfyd.media.resolve import Resolver
 
 log = structlog.get_logger("comfyd.jobs")
 
+_GATHERING_S: Final = 0.03
+"""How long files may outlive their job, so that a busy daemon does not wake a thread for each."""
 _CLEANING_AT_ONCE: Final = 256
 """Jobs whose files are removed in one turn of the cleaning thread."""
 
@@ -79,8 +81,10 @@ class Preparer:
     async def serve_cleaning(self) -> NoReturn:
         """Remove the files of jobs that have ended and been delivered, until cancelled."""
         while True:
+            if not self.service.to_clean:
+                await self.service.cleaning.park()
+            await trio.sleep(_GATHERING_S)  # what ends meanwhile goes in the same turn of the thread
             await self.clean()
-            await self.service.cleaning.park()
 
     async def clean(self) -> None:
         """Remove the files of the jobs that wait for it."""

@@ -1,6 +1,7 @@
 """Towards addresses that a caller chose: what may be connected to, and a client that connects to nothing else."""
 
-from comfyd.net.guarded import GuardedTransport, RedirectRefused, open_body, open_client, open_get
+from typing import TYPE_CHECKING, Any
+
 from comfyd.net.policy import (
     Allowed,
     PolicyMode,
@@ -12,6 +13,9 @@ from comfyd.net.policy import (
     parse_mode,
     parse_policy,
 )
+
+if TYPE_CHECKING:
+    from comfyd.net.guarded import GuardedTransport, RedirectRefused, open_body, open_client, open_get
 
 __all__ = [
     "Allowed",
@@ -29,3 +33,12 @@ __all__ = [
     "parse_mode",
     "parse_policy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the client when it is first asked for: loading the configuration needs the policy alone, and no httpx."""
+    if name in __all__:
+        from comfyd.net import guarded
+
+        return getattr(guarded, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,13 +11,15 @@ import socket
 from collections.abc import Iterator
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
-import httpx
 
 from comfyd.errors import ComfydError
 from comfyd.wire import quoted
+
+if TYPE_CHECKING:
+    import httpx
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -214,12 +216,14 @@ def check_url(url: str, policy: UrlPolicy) -> None:
     check_parsed(parse_url(url), policy)
 
 
-def parse_url(url: str) -> httpx.URL:
+def parse_url(url: str) -> "httpx.URL":
     """Read the URL of a caller, or a redirect's target made absolute.
 
     Raises:
         UrlRefused: it is too long, or no URL.
     """
+    import httpx  # here, as it takes a tenth of a second and loading the configuration needs none of it
+
     if len(url) > MAX_URL_LENGTH:
         raise UrlRefused(f"the URL is longer than {MAX_URL_LENGTH} characters")
     authority = re.split(r"[/?#]", url.partition("//")[2], maxsplit=1)[0]
@@ -232,7 +236,7 @@ def parse_url(url: str) -> httpx.URL:
         raise UrlRefused("the URL makes no sense") from None
 
 
-def check_parsed(url: httpx.URL, policy: UrlPolicy) -> None:
+def check_parsed(url: "httpx.URL", policy: UrlPolicy) -> None:
     """Do what :func:`check_url` does with a URL that is parsed already.
 
     Raises:
@@ -255,7 +259,7 @@ def check_parsed(url: httpx.URL, policy: UrlPolicy) -> None:
         raise UrlRefused(f"{_plain(host)} is {policy.why(refused[0])}")
 
 
-def port_of(url: httpx.URL) -> int:
+def port_of(url: "httpx.URL") -> int:
     """The port that is connected to."""
     return url.port if url.port is not None else {"http": 80, "https": 443}.get(url.scheme, 0)
 
@@ -299,8 +303,10 @@ def _is_localhost(host: str) -> bool:
     return name == "localhost" or name.endswith(".localhost")
 
 
-def display_url(url: str | httpx.URL) -> str:
+def display_url(url: "str | httpx.URL") -> str:
     """*url* for messages and logs: without user-info, query and fragment, which are where secrets are; cut at 200."""
+    import httpx
+
     try:
         parsed = httpx.URL(url)
         host = parsed.raw_host.decode("ascii")
@@ -365,6 +371,8 @@ def _parse_entry(entry: str) -> Allowed:
         )
     if entry.count(":") > 1:
         return Allowed(text=entry, network=ipaddress.ip_network(IPv6Address(entry)))
+    import httpx
+
     host, colon, port_text = entry.partition(":")
     port = _parse_port(port_text if colon else None)
     star, name = ("*.", host[2:]) if host.startswith("*.") else ("", host)

@@ -53,6 +53,24 @@ async def test_thousands_of_messages_arrive_in_order() -> None:
         assert [int(await client.get_message()) for _ in range(5000)] == list(range(5000))
 
 
+async def test_a_client_that_only_listens_is_not_taken_for_one_that_uploads_too_slowly() -> None:
+    impatient = quick_config(body_timeout_s=0.1, header_timeout_s=0.1, keep_alive_timeout_s=0.1)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "websocket", "no lifespan"
+        await receive()
+        await send({"type": "websocket.accept"})
+        await trio.sleep(0.4)  # longer than any of these
+        await send({"type": "websocket.send", "text": "still there?"})
+        assert (await receive())["type"] == "websocket.disconnect"
+
+    async with (
+        serving(app, impatient) as server,
+        open_websocket_url(server.url.replace("http", "ws") + "/ws") as client,
+    ):
+        assert await client.get_message() == "still there?"
+
+
 async def test_an_app_may_send_several_messages_in_one_write() -> None:
     sent: list[str | bytes] = ["one", b"two", "", "ä" * 70_000]
 
