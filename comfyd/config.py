@@ -49,6 +49,12 @@ __all__ = [
     "variables_table",
 ]
 
+_NOT_YET: Final = {
+    "SYSTEM_WEBHOOK_URL": "system events",
+    "WEBHOOK_SECRET": "webhooks",
+    "WORKFLOW_DIR": "workflow endpoints",
+    "COMFYUI_HANG_TIMEOUT_S": "watchdog for engines that hang",
+}
 _MAX_WARMUP_BYTES: Final = 100 * MEBIBYTE  # what a request body may have; a larger file is not a prompt
 
 
@@ -222,6 +228,8 @@ def load_config(environ: Mapping[str, str], *, embedded: bool = False, root: Pat
     warmup_prompt = _read_warmup(reading)
     reading.settle("LOG_FORMAT", "text" if _stderr_is_terminal() else "json")
     s3 = _read_s3(reading)
+    if environ.get("API_KEYS"):  # who sets it believes that the routes are closed
+        reading.faults.append("API_KEYS: is not allowed yet; this version has no access control, leave it unset")
     reading.settle("URL_ALLOW", ())
     if reading.faults or engine is None:
         raise BadConfiguration(tuple(reading.faults))
@@ -242,7 +250,7 @@ def load_config(environ: Mapping[str, str], *, embedded: bool = False, root: Pat
         log=LogConfig(**reading.group("log")),
         state_dir=state_dir,
         embedded=embedded,
-        warnings=(*reading.warnings, *_likely_typos(environ)),
+        warnings=(*reading.warnings, *_without_effect(environ), *_likely_typos(environ)),
         settings=(*reading.settings(), *_metadata_settings(metadata)),
     )
 
@@ -473,6 +481,13 @@ def _default_state_dir(environ: Mapping[str, str]) -> Path | None:
         return Path(xdg) / "comfyd"
     home = environ.get("HOME", "")
     return Path(home) / ".local/state/comfyd" if home.startswith("/") else None
+
+
+def _without_effect(environ: Mapping[str, str]) -> Iterable[str]:
+    """Warn of variables that are understood, and have no effect in this version."""
+    for name, what in _NOT_YET.items():
+        if environ.get(name):
+            yield f"{name} has no effect yet: this version has no {what}"
 
 
 def _likely_typos(environ: Mapping[str, str]) -> Iterable[str]:

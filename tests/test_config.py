@@ -515,3 +515,12 @@ def test_only_our_own_command_has_its_port_filled_in() -> None:
     theirs = EngineConfig(argv=("x", "{port}"), home=root, input_dir=root, output_dir=root, model_dir=root)
     assert theirs.command(1) == ("x", "{port}")
     assert attrs.evolve(theirs, argv_is_ours=True).command(1) == ("x", "1")
+
+
+def test_what_has_no_effect_yet_is_said_and_what_would_seem_to_protect_is_refused(load: Callable[..., Config]) -> None:
+    warnings = load(SYSTEM_WEBHOOK_URL="http://example.org/x", WEBHOOK_SECRET="abc").warnings
+    assert [warning.split()[0] for warning in warnings] == ["SYSTEM_WEBHOOK_URL", "WEBHOOK_SECRET"]
+    with pytest.raises(BadConfiguration) as refused:
+        load(API_KEYS="secret-key")
+    assert [fault.split(":")[0] for fault in refused.value.faults] == ["API_KEYS"]
+    assert "secret-key" not in str(refused.value)
