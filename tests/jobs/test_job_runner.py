@@ -2,7 +2,9 @@
 
 import base64
 import errno
+import gc
 import threading
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
@@ -552,6 +554,17 @@ async def test_a_job_that_is_cancelled_while_its_inputs_are_written_is_cleaned_u
         await daemon.wait_cleaned()
         assert daemon.inputs_on_disk() == []
         assert daemon.engine.submissions == []
+
+
+async def test_what_a_caller_sent_is_let_go_of_once_it_is_on_disk(tmp_path: Path) -> None:
+    """An input can be 90 MB of base64; the preparing task kept the last job's until the next came."""
+    async with running(tmp_path, scripted(completed())) as daemon:
+        job = daemon.submit(prompt=loading(PICTURE))
+        sent = weakref.ref(daemon.service.to_prepare[0][1][0])
+        await daemon.success(job)
+        await trio.testing.wait_all_tasks_blocked()
+        gc.collect()
+        assert sent() is None
 
 
 async def test_several_jobs_are_prepared_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
