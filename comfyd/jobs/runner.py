@@ -35,6 +35,9 @@ log = structlog.get_logger("comfyd.jobs")
 
 _FINISHING_AHEAD: Final = 16
 """Executions that wait for the finishing task before the runner waits for it: it only smooths bursts of tiny jobs."""
+_FINISHING_AT_ONCE: Final = 64
+"""Jobs that are converted and uploaded at a time. When storage is slower than the engine, the engine waits: outputs
+that nobody takes would fill the disk."""
 _COLLECTING_THREADS: Final = 4
 """Looking at files is short; more threads would only wait for the same disk."""
 _READ_ALONG_BYTES: Final = 256 * 1024
@@ -84,12 +87,20 @@ class Runner:
                 await finishing.send((job, execution))
 
     async def _serve_finishing(self, executions: trio.MemoryReceiveChannel[tuple[Job, Execution]]) -> None:
-        # A task for each, so that a slow disk under one job does not hold up the next; bounded by what an engine can
-        # execute while one directory look-up takes.
+        # A task for each, so that a slow disk or upload under one job does not hold up the next.
+        slots = trio.Semaphore(_FINISHING_AT_ONCE)
+
+        async def finish(job: Job, execution: Execution) -> None:
+            try:
+                await self._finish(job, execution)
+            finally:
+                slots.release()
+
         with executions:
             async with trio.open_nursery() as nursery:
                 async for job, execution in executions:
-                    nursery.start_soon(self._finish, job, execution)
+                    await slots.acquire()
+                    nursery.start_soon(finish, job, execution)
 
     async def _run(self, job: Job) -> Execution | None:
         """Run *job* once. None: it ended otherwise (cancelled), or goes back to the queue (the engine was lost)."""

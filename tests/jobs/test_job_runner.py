@@ -32,6 +32,7 @@ from media_kit import png
 from comfyd.engine import Engine, EngineEvent, Interrupted, Raised, Refusal, Refused, Submission
 from comfyd.errors import EngineLost, EngineUnavailable, Failure, FailureKind, WarmupFailed
 from comfyd.jobs import Job, JobService, JobState, Success
+from comfyd.jobs import runner as runner_module
 from comfyd.jobs.deliver import Deliverer
 from comfyd.jobs.prepare import Preparer
 from comfyd.jobs.runner import Runner
@@ -554,6 +555,30 @@ async def test_a_job_that_is_cancelled_while_its_inputs_are_written_is_cleaned_u
         await daemon.wait_cleaned()
         assert daemon.inputs_on_disk() == []
         assert daemon.engine.submissions == []
+
+
+async def test_when_delivery_is_slower_than_the_engine_the_engine_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs that nobody takes would fill the disk."""
+    monkeypatch.setattr(runner_module, "_FINISHING_AT_ONCE", 2)
+    monkeypatch.setattr(runner_module, "_FINISHING_AHEAD", 1)
+    go_on = trio.Event()
+
+    async def stuck(self: Deliverer, job: Job, outputs: Any) -> Any:
+        await go_on.wait()
+        return outputs
+
+    async with running(tmp_path, scripted(*[completed()] * 9)) as daemon:
+        monkeypatch.setattr(Deliverer, "deliver", stuck)
+        jobs = [daemon.submit(f"job-{number}") for number in range(9)]
+        await wait_until(lambda: len(daemon.engine.submissions) >= 5)
+        await trio.testing.wait_all_tasks_blocked()
+        # Two are delivered, one has no slot yet, one is in the channel, and one is held by the runner.
+        assert len(daemon.engine.submissions) == 5
+        go_on.set()
+        for job in jobs:
+            await daemon.success(job)
 
 
 async def test_what_a_caller_sent_is_let_go_of_once_it_is_on_disk(tmp_path: Path) -> None:
