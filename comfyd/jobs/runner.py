@@ -40,8 +40,8 @@ _FINISHING_AT_ONCE: Final = 64
 that nobody takes would fill the disk."""
 _COLLECTING_THREADS: Final = 4
 """Looking at files is short; more threads would only wait for the same disk."""
-_READ_ALONG_BYTES: Final = 256 * 1024
-"""Outputs of a job that are read in the same turn of the thread that finds them: pictures of a usual size are not."""
+_READ_ALONG_BYTES: Final = 1 << 20
+"""Outputs of a job that are read in the same turn of the thread that finds them: pictures of a usual size."""
 _STALE_RUNS: Final = 2
 """How often a job is run again because a node reported a file that is gone. ComfyUI reports old names for a graph that
 it has run before: the first time its saving nodes are made to run again, the second time the whole cache is emptied."""
