@@ -46,6 +46,8 @@ class PromptEndpoint:
         try:
             check_json_type(scope)
             request, digest = await self._read(scope, receive)
+            if request.id is not None:
+                await self.service.wait_free(request.id)
             graph = request.prompt if request.detached else None
             job = self.service.submit(request, request.id or str(uuid.uuid4()), digest)
         except RequestRefused as exc:

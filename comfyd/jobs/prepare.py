@@ -93,6 +93,7 @@ class Preparer:
             some = [waiting.popleft() for _ in range(min(len(waiting), _CLEANING_AT_ONCE))]
             shared = {job.key: self.service.prefixes_of_others(job) for job in some if _may_have_left_more(job)}
             await trio.to_thread.run_sync(self._remove, some, shared, limiter=self._cleaning)
+            self.service.cleaned(some)
 
     def _remove(self, jobs: list[Job], shared: dict[str, frozenset[str]]) -> None:
         for job in jobs:

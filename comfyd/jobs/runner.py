@@ -193,6 +193,10 @@ class Runner:
                 outputs = await self.deliverer.deliver(job, outputs)
             except DeliveryFailed as exc:
                 self._fail(job, exc.failure)
+            except OSError as exc:  # the disk is full, or gone: this job's end, and not the daemon's
+                log.error("job.outputs_not_written", reason=str(exc))  # noqa: TRY400  # a full story in one line
+                detail = f"the outputs could not be written to disk: {exc.strerror}"
+                self._fail(job, Failure(kind=FailureKind.INTERNAL, detail=detail))
         job.scope = None
         if job.outcome is not None:
             self.service.clean_if_done(job)

@@ -7,7 +7,7 @@ in a consistent state, so there is no lock.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -63,6 +63,8 @@ class JobService:
     _known: dict[str, Job] = attrs.field(factory=dict)
     _remembered: dict[str, Job] = attrs.field(factory=dict)
     """The last jobs that ended without a caller to tell, oldest first: for who asks, or sends the same again."""
+    _leaving: set[str] = attrs.field(factory=set)
+    """Ids of jobs whose files are being removed."""
     _waiting: int = 0
     """Jobs accepted and not yet running."""
     _sequence: int = 0
@@ -103,6 +105,14 @@ class JobService:
         else:
             self.enqueue(job)
         return job
+
+    async def wait_free(self, job_id: str) -> None:
+        """Wait until no file of an earlier job *job_id* is about to be removed.
+
+        ComfyUI reports the earlier job's files for the same graph, and they would go under the answer of the new one.
+        """
+        while job_id in self._leaving:
+            await self._changed.wait()
 
     @contextmanager
     def attached(self, job: Job) -> Iterator[None]:
@@ -245,10 +255,15 @@ class JobService:
                 self._remembered[job.id] = job
                 if len(self._remembered) > _REMEMBERED:
                     del self._remembered[next(iter(self._remembered))]
+        self._leaving.add(job.id)
         self.to_clean.append(job)
         self.cleaning.unpark()
-        self._changed.set()
-        self._changed = trio.Event()
+        self._notify()
+
+    def cleaned(self, jobs: Iterable[Job]) -> None:
+        """The files of *jobs* are gone."""
+        self._leaving.difference_update(job.id for job in jobs)
+        self._notify()
 
     def expire(self, job: Job) -> None:
         """*job* has run out of its time."""
@@ -272,6 +287,10 @@ class JobService:
         return frozenset(prefix for other in self._known.values() if other is not job for prefix in other.prefixes)
 
     # --- inside
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
 
     def _refuse_if_busy(self) -> None:
         if self.draining:

@@ -581,6 +581,31 @@ async def test_when_delivery_is_slower_than_the_engine_the_engine_waits(
             await daemon.success(job)
 
 
+async def test_a_full_disk_at_delivery_fails_the_job_and_not_the_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(self: Deliverer, job: Job, outputs: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x"))
+
+    async with running(tmp_path, scripted(completed(), completed())) as daemon:
+        with monkeypatch.context() as patch:
+            patch.setattr(Deliverer, "deliver", full)
+            failure = await daemon.failure(daemon.submit())
+        assert failure.kind is FailureKind.INTERNAL
+        assert "No space left" in failure.detail
+        assert str(tmp_path) not in failure.detail
+        await daemon.success(daemon.submit("next"))
+
+
+async def test_an_id_is_free_when_the_files_of_its_last_job_are_gone(tmp_path: Path) -> None:
+    async with running(tmp_path, scripted(_saves(tmp_path / "output", "job_pic_00001_.png"))) as daemon:
+        job = daemon.submit("job")
+        await daemon.success(job)
+        assert daemon.outputs_on_disk() == ["job_pic_00001_.png"]
+        await daemon.service.wait_free("job")
+        assert daemon.outputs_on_disk() == []
+
+
 async def test_what_a_caller_sent_is_let_go_of_once_it_is_on_disk(tmp_path: Path) -> None:
     """An input can be 90 MB of base64; the preparing task kept the last job's until the next came."""
     async with running(tmp_path, scripted(completed())) as daemon:
