@@ -14,12 +14,12 @@ $(VENV)/.runtime: requirements/runtime.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "comfyd needs Python 3.11 to 3.13; this is " + sys.version.split()[0] + ". Choose another with: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --require-hashes -r requirements/build.txt
-	$(PIP) install --require-hashes -r requirements/runtime.txt
+	$(PIP) install --require-hashes --no-build-isolation -r requirements/runtime.txt
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime requirements/dev.txt
-	$(PIP) install --require-hashes -r requirements/dev.txt
+	$(PIP) install --require-hashes --no-build-isolation -r requirements/dev.txt
 	@touch $@
 
 demo: $(VENV)/.runtime  ## set up, start the daemon with its small engine, run a prompt, show the picture, stop
@@ -47,7 +47,7 @@ bench: $(VENV)/.dev  ## speed and memory, as ratios against a raw client
 lock: pyproject.toml  ## write requirements/*.txt anew from pyproject.toml (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml -o requirements/runtime.txt
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --group dev pyproject.toml -o requirements/dev.txt
-	printf 'hatchling==1.33.0\neditables==0.6\n' | uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate - -o requirements/build.txt
+	printf 'hatchling==1.33.0\neditables==0.6\nsetuptools==80.9.0\nwheel==0.45.1\npkgconfig==1.5.5\n%s\n' "$$(grep -o '^cffi==[0-9.]*' requirements/runtime.txt)" | uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate - -o requirements/build.txt
 
 clean:  ## remove what the set-up made
 	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache dist build
