@@ -46,15 +46,10 @@ __all__ = [
     "child_environment",
     "describe",
     "load_config",
+    "state_dir_of",
     "variables_table",
 ]
 
-_NOT_YET: Final = {
-    "SYSTEM_WEBHOOK_URL": "system events",
-    "WEBHOOK_SECRET": "webhooks",
-    "WORKFLOW_DIR": "workflow endpoints",
-    "COMFYUI_HANG_TIMEOUT_S": "watchdog for engines that hang",
-}
 _MAX_WARMUP_BYTES: Final = 100 * MEBIBYTE  # what a request body may have; a larger file is not a prompt
 
 
@@ -107,6 +102,7 @@ class EngineConfig:
     start_max_tries: int = 10
     always_restart: bool = False
     stop_grace_s: float = 5.0
+    hang_timeout_s: float = 120.0
     restart: RestartPolicy = attrs.field(factory=RestartPolicy)
     base: Literal["ai-dock", ""] = ""
     extra_env: Mapping[str, str] = attrs.field(factory=dict)
@@ -133,7 +129,9 @@ class EngineConfig:
 class JobsConfig:
     """How many jobs wait, how often and how long one runs. *max_queue_depth* 0 is no limit, for readiness only.
 
-    *warmup_prompt* is the graph in *warmup_file*: node id to ``{"class_type", "inputs", ...}``.
+    *warmup_prompt* is the graph in *warmup_file*: node id to ``{"class_type", "inputs", ...}``. The three
+    retentions are for jobs that ended without a caller who waits: how long they and their outputs are kept, how much
+    the outputs may take together, and how long a webhook that nobody took can be replayed.
     """
 
     max_queue_depth: int = 0
@@ -141,6 +139,9 @@ class JobsConfig:
     max_attempts: int = 2
     timeout_s: float | None = None
     drain_timeout_s: float = 25.0
+    retention_s: float = 86_400.0
+    retention_bytes: int = 10_240 * MEBIBYTE
+    dead_letter_retention_s: float = 604_800.0
     warmup_file: Path | None = None
     warmup_prompt: Mapping[str, Any] | None = None
 
@@ -159,8 +160,10 @@ class WebhooksConfig:
     """Webhooks of prompts and of ComfyUI's own events. *retries* counts those after the first attempt."""
 
     retries: int = 3
+    secrets: tuple[bytes, ...] = attrs.field(default=(), repr=False)
     system_url: str | None = attrs.field(default=None, repr=False)  # may carry a password
     system_events: tuple[str, ...] = ()
+    system_tracebacks: bool = False
     system_metadata: Mapping[str, str] = attrs.field(factory=dict)
 
 
@@ -169,6 +172,8 @@ class WorkflowsConfig:
     """Where the named workflows are, and how their docs look."""
 
     folder: Path = Path("/workflows")
+    folder_is_given: bool = False
+    """Whether somebody named the folder: one that is missing is told of then."""
     markdown_descriptions: bool = True
 
 
@@ -245,14 +250,37 @@ def load_config(environ: Mapping[str, str], *, embedded: bool = False, root: Pat
         media=MediaConfig(**reading.group("media")),
         urls=UrlPolicy(mode=reading.values["URL_POLICY"], allow=reading.settle("URL_ALLOW", ())),
         s3=s3,
-        webhooks=WebhooksConfig(**reading.group("webhooks"), system_metadata=metadata),
-        workflows=WorkflowsConfig(**reading.group("workflows")),
+        webhooks=_webhooks(reading, metadata),
+        workflows=WorkflowsConfig(**reading.group("workflows"), folder_is_given=reading.given("WORKFLOW_DIR")),
         log=LogConfig(**reading.group("log")),
         state_dir=state_dir,
         embedded=embedded,
-        warnings=(*reading.warnings, *_without_effect(environ), *_likely_typos(environ)),
+        warnings=(*reading.warnings, *_likely_typos(environ)),
         settings=(*reading.settings(), *_metadata_settings(metadata)),
     )
+
+
+def _webhooks(reading: "_Reading", metadata: Mapping[str, str]) -> WebhooksConfig:
+    values = reading.group("webhooks")
+    return WebhooksConfig(**{**values, "secrets": values["secrets"] or (), "system_metadata": metadata})
+
+
+def state_dir_of(environ: Mapping[str, str]) -> Path | None:
+    """Where the journal is, for commands that need nothing else of the configuration; None: in no file.
+
+    Raises:
+        BadConfiguration: STATE_DIR makes no sense.
+    """
+    variable = next(variable for variable in VARIABLES if variable.name == "STATE_DIR")
+    text = environ.get(variable.name)
+    if text is None:
+        return _default_state_dir(environ)
+    try:
+        state_dir: Path | None = variable.kind.parse(text)
+    except ValueError as exc:
+        allowed = str(exc) or variable.kind.allowed
+        raise BadConfiguration((f"{variable.name}: {shown(variable.name, text)} is not allowed; {allowed}",)) from None
+    return state_dir
 
 
 def describe(config: Config) -> list[Setting]:
@@ -481,13 +509,6 @@ def _default_state_dir(environ: Mapping[str, str]) -> Path | None:
         return Path(xdg) / "comfyd"
     home = environ.get("HOME", "")
     return Path(home) / ".local/state/comfyd" if home.startswith("/") else None
-
-
-def _without_effect(environ: Mapping[str, str]) -> Iterable[str]:
-    """Warn of variables that are understood, and have no effect in this version."""
-    for name, what in _NOT_YET.items():
-        if environ.get(name):
-            yield f"{name} has no effect yet: this version has no {what}"
 
 
 def _likely_typos(environ: Mapping[str, str]) -> Iterable[str]:

@@ -3,10 +3,13 @@
 ::
 
     main
-    └─ signals      the first asks to stop, the second cancels everything
-    └─ engine       process, listener, restart with back-off            (stops last)
-       └─ jobs      preparing, one runner, finishing, cleaning
-          └─ http   connections and their handlers                      (stops first)
+    └─ signals            the first asks to stop, the second cancels everything
+    └─ journal            one writer of what must not be lost                      (stops last)
+       └─ engine          process, listener, watchdog, restart with back-off
+          └─ outbox       webhooks, per receiver
+          └─ events       ComfyUI's own events to the operator's receiver
+             └─ jobs      preparing, one runner, finishing, cleaning, retention
+                └─ http   connections and their handlers                           (stops first)
 """
 
 import signal
@@ -20,12 +23,22 @@ import trio
 
 from comfyd import __version__
 from comfyd.config import Config
+from comfyd.engine.engine import Engine, EngineState
+from comfyd.engine.process import GUARD_WAIT_S, KILL_WAIT_S, LEFTOVERS_WAIT_S
 from comfyd.engine.supervisor import SupervisorConfig, supervise_engine
 from comfyd.errors import EngineError, Failure, FailureKind, StartupFailed
 from comfyd.host.environment import child_environment
+from comfyd.host.notify import Notifier, read_notify, serve_notify
+from comfyd.host.reaper import serve_reaper, stop_signals
+from comfyd.host.socket_activation import InheritedSocket
+from comfyd.journal import Journal, Traces, serve_journal
 
 if TYPE_CHECKING:
+    from comfyd.engine import EngineEvent
     from comfyd.jobs import JobService
+    from comfyd.webhooks.outbox import Outbox
+    from comfyd.webhooks.system_events import SystemEvents
+    from comfyd.workflows import Workflows
 
 log = structlog.get_logger("comfyd.daemon")
 
@@ -34,6 +47,8 @@ EXIT_GAVE_UP: Final = 1
 LAUNCH_HEAD_START_S: Final = 0.25
 """How long the import of jobs and HTTP waits for the engine's process to be launched, so that the two overlap. Not
 longer: the probes of a balancer should be answered from the first moment, also if the engine cannot be started."""
+LAST_WORD_S: Final = 1.0
+"""For webhooks that tell of jobs which only ended as the drain time was over: those of a journal on disk can wait."""
 HTTP_STOP_GRACE_S: Final = 1.0
 """For what is still being answered once every job has ended: the drain has waited for all answers that clients read."""
 
@@ -57,7 +72,7 @@ class Shutdown:
         self.ask(str(reason), EXIT_GAVE_UP)
 
 
-async def run_daemon(config: Config, environ: Mapping[str, str]) -> int:
+async def run_daemon(config: Config, environ: Mapping[str, str], inherited: tuple[InheritedSocket, ...] = ()) -> int:
     """Run until asked to stop by a signal or by the engine's giving up; return the exit code.
 
     Raises (in an exception group):
@@ -66,60 +81,94 @@ async def run_daemon(config: Config, environ: Mapping[str, str]) -> int:
     shutdown = Shutdown()
     async with trio.open_nursery() as main:
         await main.start(serve_signals, shutdown, main.cancel_scope)
+        await main.start(serve_reaper)
         log.info("daemon.starting", version=__version__, embedded=config.embedded)
         for warning in config.warnings:
             log.warning("daemon.configuration", warning=warning)
-        await run_tree(config, environ, shutdown)
+        await run_tree(config, environ, shutdown, inherited)
         main.cancel_scope.cancel("stopped")
     log.info("daemon.stopped", exit_code=shutdown.exit_code)
     return shutdown.exit_code
 
 
-async def run_tree(config: Config, environ: Mapping[str, str], shutdown: Shutdown) -> None:
+async def run_tree(
+    config: Config, environ: Mapping[str, str], shutdown: Shutdown, inherited: tuple[InheritedSocket, ...]
+) -> None:
     """Start everything, wait until asked to stop, drain, and stop everything in order."""
     engine_config = SupervisorConfig(
-        engine=config.engine, env=lambda port: child_environment(environ, config.engine, port=port)
+        engine=config.engine,
+        env=lambda port: child_environment(environ, config.engine, port=port),
+        hang_timeout_s=config.engine.hang_timeout_s,
     )
     stop_http = trio.Event()
-    async with trio.open_nursery() as engines:
-        engine = await engines.start(supervise_engine, engine_config, shutdown.engine_gave_up)
-        with trio.move_on_after(LAUNCH_HEAD_START_S):
-            while not engine.processes:
-                await engine.wait_changed()
-        services = await trio.to_thread.run_sync(_load_services, config)
-        async with trio.open_nursery() as jobs:
-            service: JobService = await jobs.start(services.serve_jobs, engine)
-            try:
-                async with trio.open_nursery() as http:
-                    serve = partial(services.serve_http, services.make_app(service), stop=stop_http)
-                    url: str = await http.start(serve)
-                    log.info("daemon.listening", url=url)
-                    await shutdown.asked.wait()
-                    await drain(service, config.jobs.drain_timeout_s)
-                    stop_http.set()
-            finally:
-                engine.let_go()
-            jobs.cancel_scope.cancel("HTTP has stopped")
-        services.close()
-        engines.cancel_scope.cancel("jobs have stopped")
+    async with trio.open_nursery() as journals:
+        journal: Journal = await journals.start(serve_journal, config.state_dir)
+        async with trio.open_nursery() as engines:
+            engine = await engines.start(supervise_engine, engine_config, shutdown.engine_gave_up)
+            with trio.move_on_after(LAUNCH_HEAD_START_S):
+                while not engine.processes:
+                    await engine.wait_changed()
+            services = await trio.to_thread.run_sync(_load_services, config, journal)
+            async with trio.open_nursery() as senders:
+                outbox: Outbox = await senders.start(services.serve_outbox)
+                events: SystemEvents | None = None
+                if services.serve_system_events is not None:
+                    events = await senders.start(services.serve_system_events)
+                    engine.on_broadcast = partial(_publish_broadcast, events)
+                async with trio.open_nursery() as jobs:
+                    service: JobService = await jobs.start(services.serving_jobs(engine, outbox, events))
+                    jobs.start_soon(services.serve_retention)
+                    workflows: Workflows = await jobs.start(services.serve_workflows)
+                    status = partial(status_line, engine, service)
+                    alive = partial(is_alive, engine, shutdown)
+                    notifier: Notifier = await engines.start(serve_notify, read_notify(environ), status, alive)
+                    jobs.start_soon(announce_ready, engine, notifier)
+                    try:
+                        async with trio.open_nursery() as http:
+                            app = services.make_app(engine, service, workflows)
+                            serve = partial(services.serve_http, app, stop=stop_http, inherited=inherited)
+                            url: str = await http.start(serve)
+                            log.info("daemon.listening", url=url)
+                            await shutdown.asked.wait()
+                            notifier.stopping(longest_stop_s(config))
+                            await drain(service, outbox, events, config.jobs.drain_timeout_s)
+                            stop_http.set()
+                    finally:
+                        engine.let_go()
+                    jobs.cancel_scope.cancel("HTTP has stopped")
+                services.close()
+                senders.cancel_scope.cancel("jobs have stopped")
+            engines.cancel_scope.cancel("jobs have stopped")
+        journals.cancel_scope.cancel("everybody has written")
 
 
 @attrs.frozen(kw_only=True)
 class _Services:
     """What is imported while the engine is starting: half a second of imports, of which its caller need not wait."""
 
-    serve_jobs: Callable[..., Awaitable[None]]
-    make_app: Callable[["JobService"], Any]
+    serve_outbox: Callable[..., Awaitable[None]]
+    serve_system_events: Callable[..., Awaitable[None]] | None
+    serving_jobs: Callable[[Engine, "Outbox", "SystemEvents | None"], Callable[..., Awaitable[None]]]
+    serve_retention: Callable[[], Awaitable[Any]]
+    serve_workflows: Callable[..., Awaitable[None]]
+    make_app: Callable[[Engine, "JobService", "Workflows"], Any]
     serve_http: Callable[..., Awaitable[None]]
     close: Callable[[], None]
 
 
-def _load_services(config: Config) -> _Services:
+def _load_services(config: Config, journal: Journal) -> _Services:
     """Import and set up what runs inside of the engine's nursery. Blocks: called in a thread."""
     from comfyd.http.app import ComfydApp
     from comfyd.http.server import HttpServerConfig, serve_http
     from comfyd.jobs import ServiceConfig, serve_jobs
+    from comfyd.jobs.journalled import JournalLedger, read_past
+    from comfyd.jobs.retention import Retention
+    from comfyd.media.kept import KeptOutputs
     from comfyd.storage import S3Store
+    from comfyd.webhooks.outbox import OutboxConfig, retry_policy, serve_outbox
+    from comfyd.webhooks.system_events import SystemEventsConfig, serve_system_events
+    from comfyd.workflows import serve_workflows
+    from comfyd.workflows.live_source import LiveSource
 
     service_config = ServiceConfig(jobs=config.jobs, media=config.media, urls=config.urls)
     http_config = HttpServerConfig(
@@ -129,29 +178,112 @@ def _load_services(config: Config) -> _Services:
         stop_grace_s=HTTP_STOP_GRACE_S,
     )
     s3 = S3Store(config=config.s3)
+    engine, webhooks = config.engine, config.webhooks
+    kept = KeptOutputs.of_journal(engine.output_dir, journal.identity, durable=journal.durable)
+    traces = Traces.open(config.state_dir if journal.durable else None)
+    retention = Retention(config=config.jobs, journal=journal, kept=kept)
 
-    engine = config.engine
+    def serving_jobs(engine: Engine, outbox: "Outbox", events: "SystemEvents | None") -> Callable[..., Awaitable[None]]:
+        return partial(
+            serve_jobs,
+            service_config,
+            engine,
+            config.engine.input_dir,
+            config.engine.output_dir,
+            s3,
+            kept=kept,
+            ledger=JournalLedger(journal=journal, post=outbox.post, remove=retention.remove),
+            traces=traces,
+            read_past=partial(read_past, journal),
+            publish=None if events is None else events.publish,
+        )
+
+    wants_events = bool(webhooks.system_url and webhooks.system_events)
+    system_events = SystemEventsConfig(
+        url=webhooks.system_url or "",
+        events=frozenset(webhooks.system_events),
+        metadata=webhooks.system_metadata,
+        tracebacks=webhooks.system_tracebacks,
+        secrets=webhooks.secrets,
+        retries=webhooks.retries,
+    )
+
+    def make_app(engine: Engine, service: "JobService", workflows: "Workflows") -> ComfydApp:
+        live = LiveSource(engine=engine, warmup_prompt=config.jobs.warmup_prompt, config=config)
+        return ComfydApp(service, workflows, live, max_body_bytes=config.http.max_body_bytes)
+
+    def close() -> None:
+        s3.close()
+        kept.close()
+        traces.close()
+
     return _Services(
-        serve_jobs=partial(serve_jobs, service_config, input_dir=engine.input_dir, output_dir=engine.output_dir, s3=s3),
-        make_app=partial(ComfydApp, max_body_bytes=config.http.max_body_bytes),
+        serve_outbox=partial(
+            serve_outbox,
+            OutboxConfig(urls=config.urls, secrets=webhooks.secrets, retry=retry_policy(webhooks.retries)),
+            journal,
+        ),
+        serve_system_events=partial(serve_system_events, system_events) if wants_events else None,
+        serving_jobs=serving_jobs,
+        serve_retention=retention.serve,
+        serve_workflows=partial(serve_workflows, config.workflows.folder, required=config.workflows.folder_is_given),
+        make_app=make_app,
         serve_http=partial(serve_http, config=http_config),
-        close=s3.close,
+        close=close,
     )
 
 
-async def drain(service: "JobService", timeout_s: float) -> None:
-    """Take no more jobs, let those in flight end and be delivered, and end the rest when the time is over."""
+async def announce_ready(engine: Engine, notifier: Notifier) -> None:
+    """Tell systemd once the first warm-up is done."""
+    while not engine.was_ever_warm:
+        await engine.wait_changed()
+    notifier.ready()
+
+
+def status_line(engine: Engine, service: "JobService") -> str:
+    """What ``systemctl status`` shows."""
+    if engine.up:
+        return f"{service.depth} jobs" if engine.warm else "engine is warming up"
+    return f"engine is {engine.state.value}" + (f": {engine.last_failure}" if engine.last_failure else "")
+
+
+async def is_alive(engine: Engine, shutdown: Shutdown) -> bool:
+    """Whether to feed systemd's watchdog: the loop turns, as this runs, and the engine's supervisor has not ended."""
+    return engine.state is not EngineState.GONE or shutdown.asked.is_set()
+
+
+def longest_stop_s(config: Config) -> float:
+    """How long the stop may take: every rung of the ladder, and some seconds for a busy machine."""
+    engine_s = config.engine.stop_grace_s + KILL_WAIT_S + GUARD_WAIT_S + LEFTOVERS_WAIT_S
+    return config.jobs.drain_timeout_s + LAST_WORD_S + HTTP_STOP_GRACE_S + engine_s + 10.0
+
+
+def _publish_broadcast(events: "SystemEvents", event: "EngineEvent") -> None:
+    events.publish(event.type, event.data, None, None, None)
+
+
+async def drain(service: "JobService", outbox: "Outbox", events: "SystemEvents | None", timeout_s: float) -> None:
+    """Take no more jobs, let those in flight end and be delivered and told, and stop the rest when the time is over.
+
+    Jobs and webhooks that the journal keeps go on when comfyd starts again; all others are told that they are ended.
+    """
     service.begin_drain()
     began = trio.current_time()
     with trio.move_on_after(timeout_s) as in_time:
         await service.wait_drained()
     if in_time.cancelled_caught:
-        log.warning("daemon.drain_timeout", jobs=service.depth, timeout_s=timeout_s)
-        service.cancel_all(
+        jobs = service.depth
+        shelved = service.stop_all(
             Failure(kind=FailureKind.DRAINING, detail=f"comfyd stopped; the job did not end within {timeout_s:g} s")
         )
+        log.warning("daemon.drain_timeout", jobs=jobs, shelved=shelved, timeout_s=timeout_s)
     else:
         log.info("daemon.drained", took_s=round(trio.current_time() - began, 3))
+    with trio.move_on_after(max(LAST_WORD_S, began + timeout_s - trio.current_time())):
+        async with trio.open_nursery() as telling:
+            telling.start_soon(outbox.wait_drained)
+            if events is not None:
+                telling.start_soon(events.wait_drained)
 
 
 async def serve_signals(
@@ -161,7 +293,7 @@ async def serve_signals(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> NoReturn:
     """Turn the first SIGTERM or SIGINT into asking, and the second into cancelling everything."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(*stop_signals()) as signals:
         task_status.started()
         async for number in signals:
             name = signal.Signals(number).name

@@ -26,12 +26,16 @@ class FailureKind(Enum):
     METHOD_NOT_ALLOWED = "method-not-allowed"
     BODY_TOO_LARGE = "body-too-large"
     UNSUPPORTED_MEDIA_TYPE = "unsupported-media-type"
+    RANGE_NOT_SATISFIABLE = "range-not-satisfiable"
+    UNAUTHORIZED = "unauthorized"
     ID_CONFLICT = "id-conflict"
+    WEBHOOK_PENDING = "webhook-pending"
     JOB_CANCELLED = "job-cancelled"
     QUEUE_FULL = "queue-full"
     NOT_READY = "not-ready"
     DRAINING = "draining"
     EXECUTION_FAILED = "execution-failed"
+    WORKFLOW_FAILED = "workflow-failed"
     ENGINE_CRASHED = "engine-crashed"
     STORAGE_FAILED = "storage-failed"
     TIMEOUT = "timeout"
@@ -97,22 +101,63 @@ class StartupFailed(ComfydError):
 
 
 class EngineError(ComfydError):
-    """Base of what goes wrong with an engine, as opposed to a job."""
+    """Base of what goes wrong with an engine, as opposed to a job. *cause* is a stable slug for logs and metrics."""
+
+    cause: str = "failed"
 
 
 class EngineExited(EngineError):
-    """The engine's process ended by itself. *returncode* is negative for a signal, as in :mod:`subprocess`."""
+    """The engine's process ended by itself. *returncode* is negative for a signal, as in :mod:`subprocess`.
 
-    def __init__(self, returncode: int) -> None:
+    *oom_killed*: the kernel killed somebody for want of memory while this engine lived, and SIGKILL ended it.
+    """
+
+    def __init__(self, returncode: int, *, oom_killed: bool = False) -> None:
         if returncode < 0:
-            super().__init__(f"the engine was ended by signal {-returncode}")
+            by_whom = ", probably by the kernel's out-of-memory killer" if oom_killed else ""
+            super().__init__(f"the engine was ended by signal {-returncode}{by_whom}")
+            self.cause = "oom-killed" if oom_killed else "signal"
         else:
             super().__init__(f"the engine exited with code {returncode}")
+            self.cause = "exited"
         self.returncode = returncode
+        self.oom_killed = oom_killed
+
+
+class EngineHung(EngineError):
+    """The engine, or the prompt in it, gave no sign of life. *evidence* holds what was looked at."""
+
+    cause = "hung"
+
+    def __init__(self, text: str, evidence: Mapping[str, Any]) -> None:
+        super().__init__(text)
+        self.evidence = evidence
+
+
+class EngineWorkerDied(EngineError):
+    """The thread that executes prompts has ended; the engine answers over HTTP and will never execute any more."""
+
+    cause = "worker-died"
+
+    def __init__(self, last_line: str) -> None:
+        super().__init__(f"the engine's worker thread died: {last_line}" if last_line else "the worker thread died")
+        self.last_line = last_line
+
+
+class EngineBroken(EngineError):
+    """The engine's connection to its GPU is broken: all that uses the device will fail until the process ends."""
+
+    cause = "cuda-broken"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the engine's GPU context is broken: {reason}")
+        self.reason = reason
 
 
 class EngineStartTimeout(EngineError):
     """The engine did not answer within its start-up budget."""
+
+    cause = "start-timeout"
 
     def __init__(self, budget_s: float) -> None:
         super().__init__(f"the engine did not answer within {budget_s:g} s")
@@ -121,6 +166,8 @@ class EngineStartTimeout(EngineError):
 
 class EnginePortTaken(EngineError):
     """Something already answers at the engine's address before our engine was started."""
+
+    cause = "port-taken"
 
     def __init__(self, address: str) -> None:
         super().__init__(
@@ -133,13 +180,25 @@ class EnginePortTaken(EngineError):
 class WarmupFailed(EngineError):
     """The warm-up prompt did not succeed on this engine."""
 
+    cause = "warm-up-failed"
+
 
 class EngineUnavailable(EngineError):
     """The engine did not answer a request over HTTP, or answered nonsense."""
 
 
 class EngineLost(EngineError):
-    """The engine went away under a job."""
+    """The engine went away under a job.
+
+    *cause* is the slug of what went wrong with it (``exited``, ``signal``, ``oom-killed``, ``hung``, ``worker-died``,
+    ``cuda-broken``, ``stopped``, ``forgotten``, ...). *last_words* are the lines that it wrote to stderr during the
+    job, fit to be shown to the caller.
+    """
+
+    def __init__(self, reason: str, *, cause: str = "failed", last_words: tuple[str, ...] = ()) -> None:
+        super().__init__(reason)
+        self.cause = cause
+        self.last_words = last_words
 
 
 class RestartLimitReached(EngineError):

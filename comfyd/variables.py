@@ -191,6 +191,19 @@ NAMES: Final = Kind(allowed="a comma separated list of variable names", parse=_p
 PORT: Final = whole_number(0, 65_535)
 
 
+def _parse_secrets(text: str) -> tuple[bytes, ...]:
+    from comfyd.webhooks.signature import parse_secrets  # only who sets it needs it
+
+    return parse_secrets(text)
+
+
+SECRETS: Final = Kind(
+    allowed="a comma separated list of base64 texts of 16 bytes or more, each with or without whsec_ in front",
+    parse=_parse_secrets,
+    show=lambda value: "set" if value else "",  # and masked, as the name says that it is a secret
+)
+
+
 URL_MODE: Final = Kind(
     allowed=", ".join(mode.value for mode in PolicyMode), parse=parse_mode, show=lambda mode: str(mode.value)
 )
@@ -326,6 +339,13 @@ VARIABLES: Final[tuple[Variable, ...]] = (
         meaning="seconds from SIGTERM to SIGKILL for ComfyUI",
     ),
     Variable(
+        name="COMFYUI_HANG_TIMEOUT_S",
+        kind=seconds(zero="off"),
+        target="engine.hang_timeout_s",
+        default="120",
+        meaning="seconds without any sign of life (HTTP, events, CPU) after which ComfyUI is killed and restarted",
+    ),
+    Variable(
         name="CHILD_ENV_PASS",
         kind=NAMES,
         target="engine.env_pass",
@@ -353,6 +373,27 @@ VARIABLES: Final[tuple[Variable, ...]] = (
         target="jobs.max_attempts",
         default="2",
         meaning="runs of a job under which ComfyUI died, before it is given up as the cause",
+    ),
+    Variable(
+        name="JOB_RETENTION_S",
+        kind=seconds(most=31_536_000.0),
+        target="jobs.retention_s",
+        default="86400",
+        meaning="seconds that an ended job with a 202, and the outputs that comfyd keeps of it, can be asked for",
+    ),
+    Variable(
+        name="JOB_RETENTION_MB",
+        kind=whole_number(1, 104_857_600, MEBIBYTE),
+        target="jobs.retention_bytes",
+        default="10240",
+        meaning="most that such outputs take, in MiB; beyond it the oldest go before their time",
+    ),
+    Variable(
+        name="DEAD_LETTER_RETENTION_S",
+        kind=seconds(most=31_536_000.0),
+        target="jobs.dead_letter_retention_s",
+        default="604800",
+        meaning="seconds that a webhook which nobody took, and what its body is built of, can be replayed",
     ),
     Variable(
         name="JOB_TIMEOUT_S",
@@ -417,6 +458,13 @@ VARIABLES: Final[tuple[Variable, ...]] = (
         meaning="retries of a webhook after its first attempt",
     ),
     Variable(
+        name="WEBHOOK_SECRET",
+        kind=SECRETS,
+        target="webhooks.secrets",
+        default_note="(none: webhooks are not signed)",
+        meaning="keys that sign webhooks; several while they are rotated",
+    ),
+    Variable(
         name="SYSTEM_WEBHOOK_URL",
         kind=HTTP_URL,
         target="webhooks.system_url",
@@ -429,6 +477,13 @@ VARIABLES: Final[tuple[Variable, ...]] = (
         default="",
         default_note="(none)",
         meaning="events that it gets",
+    ),
+    Variable(
+        name="SYSTEM_WEBHOOK_TRACEBACKS",
+        kind=BOOLEAN,
+        target="webhooks.system_tracebacks",
+        default="false",
+        meaning="send tracebacks and inputs of nodes that raised; they hold paths, and may hold secrets",
     ),
     Variable(
         name="WORKFLOW_DIR",

@@ -9,7 +9,7 @@ from daemon_support import Daemon, running_daemon
 from storage_support import Peer, running_moto
 from structlog.testing import LogCapture
 
-pytest_plugins = ["storage_fixtures"]
+pytest_plugins = ["journal_fixtures", "storage_fixtures"]
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,10 @@ from comfyd.engine import (
 )
 from comfyd.engine.client import EngineClient
 from comfyd.errors import EngineError, EngineLost
-from comfyd.jobs import Job, JobService, Request, ServiceConfig
+from comfyd.jobs import Job, JobService, JobState, Request, ServiceConfig
+from comfyd.jobs.ledger import Recorded
+from comfyd.journal import JobFilter, JournalUnavailable
+from comfyd.media.collect import OutputFile
 
 CLASSES = NodeClasses(
     names=frozenset({"EmptyImage", "LoadImage", "SaveImage", "PreviewImage", "PrimitiveString", "StringConcatenate"}),
@@ -61,10 +64,65 @@ def warm_engine() -> Engine:
     return engine
 
 
+@attrs.define(eq=False)
+class NotedLedger:
+    """A ledger that forgets nothing and takes everything at once; with *hold* it says that it did when told to.
+
+    *notes* are what it was told, ``(what, job id)``.
+    """
+
+    durable: bool = True
+    hold: bool = False
+    refusal: JournalUnavailable | None = None
+    notes: list[tuple[str, str]] = attrs.field(factory=list)
+    held: list[Callable[[], None]] = attrs.field(factory=list)
+    ended_jobs: dict[str, Job] = attrs.field(factory=dict)
+
+    def accept(self, job: Job, body: bytes, done: Recorded) -> None:
+        self._note("accepted", job, lambda: done(self.refusal))
+
+    def started(self, job: Job) -> None:
+        self.notes.append(("started", job.id))
+
+    def waiting(self, job: Job) -> None:
+        self.notes.append(("waiting", job.id))
+
+    def made(self, job: Job, execution: Completed, outputs: tuple[OutputFile, ...]) -> None:
+        self.notes.append(("made", job.id))
+
+    def ended(self, job: Job, state: JobState, done: Callable[[], None]) -> None:
+        self._note(state.value, job, done)
+
+    def release(self) -> None:
+        """Say of everything that was held that it is on disk."""
+        held, self.held = self.held, []
+        for done in held:
+            done()
+
+    def _note(self, what: str, job: Job, done: Callable[[], None]) -> None:
+        self.notes.append((what, job.id))
+        if self.hold:
+            self.held.append(done)
+        else:
+            done()
+
+    async def find(self, job_id: str) -> Job | None:
+        await trio.lowlevel.checkpoint()
+        return self.ended_jobs.get(job_id)
+
+    async def page(self, wanted: JobFilter) -> list[Job]:
+        await trio.lowlevel.checkpoint()
+        return list(self.ended_jobs.values())
+
+    async def forget(self, job: Job) -> bool:
+        await trio.lowlevel.checkpoint()
+        return self.ended_jobs.pop(job.id, None) is not None
+
+
 def make_service(engine: Engine | None = None, **jobs: Any) -> JobService:
     """A service with one engine, which is up and warm by default. *jobs* are fields of :class:`JobsConfig`."""
     config = ServiceConfig(jobs=JobsConfig(**jobs), media=MediaConfig())
-    return JobService(config=config, engines=(warm_engine() if engine is None else engine,))
+    return JobService(config=config, engines=(warm_engine() if engine is None else engine,), ledger=NotedLedger())
 
 
 def submit(service: JobService, job_id: str = "job", digest: bytes = b"", **fields: Any) -> Job:

@@ -1,5 +1,6 @@
 """Environment to configuration: the seed's defaults, one line for each fault, and which command starts the engine."""
 
+import base64
 import json
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from comfyd.config import (
     RestartPolicy,
     describe,
     load_config,
+    state_dir_of,
     variables_table,
 )
 from comfyd.errors import BadConfiguration
@@ -517,10 +519,37 @@ def test_only_our_own_command_has_its_port_filled_in() -> None:
     assert attrs.evolve(theirs, argv_is_ours=True).command(1) == ("x", "1")
 
 
-def test_what_has_no_effect_yet_is_said_and_what_would_seem_to_protect_is_refused(load: Callable[..., Config]) -> None:
-    warnings = load(SYSTEM_WEBHOOK_URL="http://example.org/x", WEBHOOK_SECRET="abc").warnings
-    assert [warning.split()[0] for warning in warnings] == ["SYSTEM_WEBHOOK_URL", "WEBHOOK_SECRET"]
+def test_what_would_seem_to_protect_is_refused(load: Callable[..., Config]) -> None:
     with pytest.raises(BadConfiguration) as refused:
         load(API_KEYS="secret-key")
     assert [fault.split(":")[0] for fault in refused.value.faults] == ["API_KEYS"]
     assert "secret-key" not in str(refused.value)
+
+
+def test_secrets_of_webhooks_are_decoded_and_never_shown(load: Callable[..., Config]) -> None:
+    first, second = base64.b64encode(b"a" * 24).decode(), base64.b64encode(b"b" * 32).decode()
+    config = load(WEBHOOK_SECRET=f"whsec_{first}, {second}")
+    assert config.webhooks.secrets == (b"a" * 24, b"b" * 32)
+    assert first not in repr(config)
+    assert "YWFh" not in repr(describe(config))
+    with pytest.raises(BadConfiguration) as refused:
+        load(WEBHOOK_SECRET="not base64 at all")
+    assert "WEBHOOK_SECRET" in str(refused.value)
+    assert "not base64" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"STATE_DIR": "/var/lib/x"}, Path("/var/lib/x")),
+        ({"STATE_DIR": "", "HOME": "/home/me"}, None),
+        ({"STATE_DIRECTORY": "/var/lib/a:/var/lib/b"}, Path("/var/lib/a")),
+        ({"XDG_STATE_HOME": "/state", "HOME": "/home/me"}, Path("/state/comfyd")),
+        ({"HOME": "/home/me"}, Path("/home/me/.local/state/comfyd")),
+        ({}, None),
+    ],
+)
+def test_the_state_folder_is_found_without_the_rest_of_the_configuration(
+    environ: dict[str, str], expected: Path | None
+) -> None:
+    assert state_dir_of(environ) == expected

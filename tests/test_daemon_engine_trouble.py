@@ -18,6 +18,7 @@ from daemon_support import (
     picture,
     post,
     problem,
+    raising,
     running_daemon,
     submit,
     wait_state,
@@ -186,6 +187,75 @@ async def test_while_the_engine_is_down_prompts_are_taken_and_callers_may_leave(
         assert (ended["state"], ended["attempts"]) == ("cancelled", 0)
         problem(await hurried.wait(), 504, "timeout")
         assert (await patient.wait()).json()["stats"]["attempts"] == 1
+
+
+# --- the engine lives, but is of no use any more
+
+WORKER_DIED: Final = (
+    "Exception in thread Thread-5 (prompt_worker):\n"
+    "Traceback (most recent call last):\n"
+    '  File "/srv/ComfyUI/main.py", line 200, in prompt_worker\n'
+    "KeyError: 'inputs'\n"
+)
+CUDA_BROKEN: Final = (
+    "CUDA error: an illegal memory access was encountered\n"
+    "CUDA kernel errors might be asynchronously reported at some other API call"
+)
+
+
+async def test_a_worker_thread_that_dies_costs_a_restart_and_one_more_attempt(tmp_path: Path) -> None:
+    async with (
+        open_daemon(tmp_path, cmd=command("flaky_engine"), environ=RESTART) as daemon,
+        daemon.client() as client,
+        trio.open_nursery() as nursery,
+    ):
+        # Its worker stops at node 2, which no interrupt reaches, as a dead one does.
+        graph = faulty({"say": WORKER_DIED, "times": 1}, seconds=2.5, uninterruptible=True)
+        stuck = await submit(daemon, nursery, client, graph)
+        waiting = await submit(daemon, nursery, client, picture())
+        await daemon.log.wait(
+            "engine.worker_died", timeout_s=5, reason="the engine's worker thread died: KeyError: 'inputs'"
+        )
+        assert (await stuck.wait()).json()["stats"]["attempts"] == 2
+        assert (await waiting.wait()).json()["stats"]["attempts"] == 1
+        assert daemon.log.find("engine.failed")[0]["cause"] == "worker-died"
+
+
+async def test_a_broken_gpu_context_is_the_engines_failure_and_is_cured_by_a_restart(tmp_path: Path) -> None:
+    async with (
+        open_daemon(tmp_path, cmd=command("flaky_engine"), environ=RESTART) as daemon,
+        daemon.client() as client,
+    ):
+        told = problem(await post(client, raising(CUDA_BROKEN)), 502, "engine-crashed")
+        assert told["attempts"] == 2
+        assert "an illegal memory access was encountered" in told["detail"]
+        assert "asynchronously" not in told["detail"], "the first line says it"
+        assert (await post(client, picture())).status_code == 200
+        await daemon.log.wait("engine.failed", count=2, cause="cuda-broken")
+        assert len(daemon.log.find("engine.started")) == 3
+
+
+async def test_out_of_memory_on_the_gpu_is_the_jobs_failure_and_the_engine_goes_on(tmp_path: Path) -> None:
+    async with (
+        open_daemon(tmp_path, cmd=command("flaky_engine"), environ=RESTART) as daemon,
+        daemon.client() as client,
+    ):
+        message = "CUDA out of memory. Tried to allocate 20.00 GiB."
+        told = problem(await post(client, raising(message)), 500, "execution-failed")
+        assert message in told["detail"]
+        assert (await post(client, picture())).status_code == 200
+        assert len(daemon.log.find("engine.started")) == 1
+
+
+async def test_what_ended_an_engine_is_told_by_its_cause(tmp_path: Path) -> None:
+    async with (
+        open_daemon(tmp_path, cmd=command("flaky_engine"), environ=RESTART) as daemon,
+        daemon.client() as client,
+    ):
+        for how, cause in (("3", "exited"), ("kill", "signal")):
+            answer = await post(client, faulty({"die": "execution_start", "how": how, "times": 1, "key": cause}))
+            assert answer.json()["stats"]["attempts"] == 2
+            await daemon.log.wait("engine.failed", cause=cause)
 
 
 # --- the engine lives, but cannot be relied on

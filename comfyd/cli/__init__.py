@@ -1,38 +1,39 @@
-"""The command line: which command is meant, and its exit code."""
+"""The command line: which command is meant, and its exit code.
+
+Only the module of the command that is named is imported: a health check must not wait for the daemon's imports.
+"""
 
 import argparse
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Final
 
 from comfyd import __version__
+
+_COMMANDS: Final = {
+    "run": "run the daemon (the default)",
+    "demo": "run a real prompt end to end on the built-in engine",
+    "webhooks": "list, replay or drop webhooks that were not taken",
+}
+"""Each has a module of its name, with ``add_parser(subparsers)`` and ``<name>_command(options) -> exit code``."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command that *arguments* name, ``run`` if they name none; return its exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments or ["run"])
-    if options.command == "demo":
-        from comfyd.cli.demo import demo
-
-        return demo(options.output)
-    from comfyd.cli.run import run_command
-
-    return run_command(embedded=options.embedded)
-
-
-def _parser() -> argparse.ArgumentParser:
+    named = next((argument for argument in arguments if not argument.startswith("-")), "run")
+    module = import_module(f"comfyd.cli.{named}") if named in _COMMANDS else None
     parser = argparse.ArgumentParser(
         prog="comfyd",
         description="The daemon that turns ComfyUI into a production API. Without a command it runs the daemon, "
         "which is configured by environment variables.",
     )
     parser.add_argument("--version", action="version", version=f"comfyd {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    run_parser = commands.add_parser("run", help="run the daemon (the default)")
-    run_parser.add_argument(
-        "--embedded", action="store_true", help="with the small built-in engine instead of ComfyUI: for trying it out"
-    )
-    demo_parser = commands.add_parser("demo", help="run a real prompt end to end on the built-in engine")
-    demo_parser.add_argument(
-        "-o", "--output", default="demo-output", metavar="DIR", help="where the picture is put (default: %(default)s)"
-    )
-    return parser
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in _COMMANDS.items():
+        if module is not None and name == named:
+            module.add_parser(commands)
+        else:
+            commands.add_parser(name, help=text)
+    options = parser.parse_args(arguments or ["run"])
+    exit_code: int = getattr(module, f"{named}_command")(options)
+    return exit_code

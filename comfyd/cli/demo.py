@@ -4,6 +4,7 @@ A daemon is started as anybody would start it, with the embedded engine as its c
 picture comes back in the answer; then everything is stopped again.
 """
 
+import argparse
 import base64
 import json
 import os
@@ -34,10 +35,22 @@ class DemoFailed(Exception):
     """The demo did not come to its picture; the text says why."""
 
 
-def demo(output: str) -> int:
-    """Run the demo, putting the picture and the daemon's log into the folder *output*; return the exit code."""
+def add_parser(subparsers: Any) -> None:
+    """Add the command to the command line's *subparsers*."""
+    parser = subparsers.add_parser("demo", help="run a real prompt end to end on the built-in engine")
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="demo-output",
+        metavar="DIR",
+        help="where the picture and the daemon's log are put (default: %(default)s)",
+    )
+
+
+def demo_command(options: argparse.Namespace) -> int:
+    """Run the demo; return the exit code."""
     try:
-        return trio.run(_demo, Path(output))
+        return trio.run(_demo, Path(options.output))
     except* DemoFailed as group:
         for exc in group.exceptions:
             sys.stderr.write(f"comfyd demo: {exc}\n")

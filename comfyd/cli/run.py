@@ -1,8 +1,10 @@
 """``comfyd run``: the daemon."""
 
+import argparse
+import faulthandler
 import os
 import sys
-from typing import Final
+from typing import Any, Final
 
 import structlog
 import trio
@@ -12,6 +14,7 @@ from comfyd.daemon import EXIT_GAVE_UP, run_daemon
 from comfyd.errors import BadConfiguration, StartupFailed
 from comfyd.host.environment import secret_values
 from comfyd.host.logging import configure_logging, register_secret
+from comfyd.host.socket_activation import take_inherited_sockets
 
 log = structlog.get_logger("comfyd.daemon")
 
@@ -19,11 +22,25 @@ EXIT_BAD_CONFIGURATION: Final = 2
 EXIT_BUG: Final = 70
 
 
-def run_command(*, embedded: bool) -> int:
+def add_parser(subparsers: Any) -> None:
+    """Add the command to the command line's *subparsers*."""
+    parser = subparsers.add_parser("run", help="run the daemon (the default)")
+    parser.add_argument(
+        "--embedded", action="store_true", help="with the small built-in engine instead of ComfyUI: for trying it out"
+    )
+
+
+def run_command(options: argparse.Namespace) -> int:
     """Run the daemon in this process until it stops; return its exit code."""
+    faulthandler.enable()  # a watchdog's SIGABRT then leaves every thread's stack in the log
+    try:
+        inherited = take_inherited_sockets(os.environ)
+    except StartupFailed as exc:
+        sys.stderr.write(f"comfyd: {exc}\n")
+        return EXIT_GAVE_UP
     environ = dict(os.environ)
     try:
-        config = load_config(environ, embedded=embedded)
+        config = load_config(environ, embedded=options.embedded)
     except BadConfiguration as exc:
         for fault in exc.faults:
             sys.stderr.write(f"comfyd: {fault}\n")
@@ -32,7 +49,7 @@ def run_command(*, embedded: bool) -> int:
     for value in secret_values(environ):
         register_secret(value)
     try:
-        return trio.run(run_daemon, config, environ)
+        return trio.run(run_daemon, config, environ, inherited)
     except Exception as exc:  # the outermost boundary: what is not a start-up failure is a bug
         failures = _leaves(exc)
         if all(isinstance(failure, StartupFailed) for failure in failures):

@@ -12,8 +12,11 @@ from typing import Any
 import attrs
 import trio
 
+from comfyd.engine.broken_device import broken_device
 from comfyd.engine.client import Refusal
 from comfyd.engine.messages import EngineEvent
+from comfyd.errors import EngineBroken, EngineError, EngineLost
+from comfyd.texts import hide_paths
 
 
 @attrs.frozen(kw_only=True)
@@ -77,8 +80,16 @@ class Attempt:
     prompt_id: str
     observe: Callable[[EngineEvent], None]
     ended: bool = False
-    lost: str | None = None
+    graph: Mapping[str, Any] = attrs.field(factory=dict)
+    """What was submitted, to name a node's class."""
+    secrets: tuple[str, ...] = attrs.field(default=(), repr=False)
+    """What came with it and is not for its last words, such as keys for partner nodes."""
+    began_at: float = 0.0
+    """When it was handed over, by Trio's clock."""
+    loss: EngineLost | None = None
     """Why its end can no longer be learnt: the engine went away."""
+    given_up: EngineError | None = None
+    """Why the watchdog has it interrupted: an interruption that follows is no caller's."""
     in_doubt: bool = False
     """Events may have been missed; history and queue have to be asked."""
     changed: trio.Event = attrs.field(factory=trio.Event)
@@ -151,16 +162,42 @@ class Attempt:
             self.in_doubt = True
             self.wake()
 
-    def lose(self, reason: str) -> None:
+    def lose(self, reason: str, *, cause: str = "failed", last_words: tuple[str, ...] = ()) -> None:
         """The engine is gone, and what became of the prompt with it."""
-        if not self.ended and self.lost is None:
-            self.lost = reason
+        if not self.ended and self.loss is None:
+            self.loss = EngineLost(reason, cause=cause, last_words=last_words)
             self.wake()
 
     def wake(self) -> None:
         """Make whoever waits look again."""
         self.changed.set()
         self.changed = trio.Event()
+
+    @property
+    def lost(self) -> str | None:
+        """Why its end can no longer be learnt, in words; None while it can."""
+        return None if self.loss is None else str(self.loss)
+
+    @property
+    def running_node(self) -> tuple[str, str] | None:
+        """Id and class of the node that runs; None between nodes."""
+        if self._running_node is None:
+            return None
+        node_id = self._running_node[0]
+        node = self.graph.get(node_id)
+        return node_id, str(node.get("class_type", "")) if isinstance(node, Mapping) else ""
+
+    @property
+    def engine_failure(self) -> EngineError | None:
+        """What the end says of the engine, where it is the engine that failed and not the job."""
+        match self._verdict:
+            case Raised(exception_type=kind, exception_message=message):
+                sign = broken_device(kind, message)
+                return EngineBroken(hide_paths(sign)) if sign is not None else None
+            case Interrupted():
+                return self.given_up
+            case _:
+                return None
 
     @property
     def execution(self) -> Completed | Raised | Interrupted:

@@ -5,7 +5,8 @@ Code above this package knows no websocket and no process. The engine's supervis
 """
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any, Final
 
@@ -15,9 +16,10 @@ import trio
 
 from comfyd.engine.attempt import Attempt, Completed, Execution, Interrupted, Raised, Refused
 from comfyd.engine.client import EngineClient, Refusal
+from comfyd.engine.last_words import LastWords, secrets_in
 from comfyd.engine.messages import EngineEvent
 from comfyd.engine.object_info import NodeClasses
-from comfyd.errors import EngineError, EngineLost, EngineUnavailable
+from comfyd.errors import EngineBroken, EngineError, EngineLost, EngineUnavailable
 
 log = structlog.get_logger("comfyd.engine")
 
@@ -65,8 +67,17 @@ class Engine:
     processes: int = 0
     """How many processes were started for it."""
     last_failure: str | None = None
+    last_cause: str = "failed"
+    """The slug of :attr:`last_failure`, see :class:`EngineLost`."""
+    last_words: LastWords = attrs.field(factory=LastWords)
+    restarts_by_cause: Counter[str] = attrs.field(factory=Counter)
+    """How often it was started again, by the slug of what ended the process before."""
+    signs_of_life: int = 0
+    """Counts what it says on the websocket that a hung one would not: see :meth:`received`."""
     node_classes: NodeClasses | None = None
     """What the engine said of its nodes when it last came up; None before the first time."""
+    on_broadcast: Callable[[EngineEvent], None] | None = None
+    """Hears what the engine tells everybody, which is no prompt's."""
     _client: EngineClient | None = None
     _client_id: str | None = None
     _attempts: dict[str, Attempt] = attrs.field(factory=dict)
@@ -90,7 +101,7 @@ class Engine:
         """
         while not self.up:
             if self.state is EngineState.GONE:
-                raise EngineLost(self.last_failure or "the engine is gone")
+                raise EngineLost(self.last_failure or "the engine is gone", cause=self.last_cause)
             await self._changed.wait()
 
     async def wait_changed(self) -> None:
@@ -104,8 +115,9 @@ class Engine:
 
     def condemn(self, error: EngineError) -> None:
         """Say that this engine must not go on: its supervisor stops the process and treats it as failed by *error*."""
-        self._verdict = error
-        self._notify()
+        if self._verdict is None:  # the first reason is the true one; what follows may come of it
+            self._verdict = error
+            self._notify()
 
     @property
     def client(self) -> EngineClient:
@@ -115,7 +127,7 @@ class Engine:
             EngineLost: it is not up.
         """
         if self._client is None:
-            raise EngineLost(self.last_failure or "the engine is not up")
+            raise EngineLost(self.last_failure or "the engine is not up", cause=self.last_cause)
         return self._client
 
     async def execute(self, submission: Submission, observe: Callable[[EngineEvent], None]) -> Execution:
@@ -125,10 +137,17 @@ class Engine:
         :data:`INTERRUPT_GRACE_S`; :meth:`wait_idle` waits for one that takes longer.
 
         Raises:
-            EngineLost: the engine went away before the end was known.
+            EngineLost: the engine went away before the end was known, or the end says that it is the engine that
+                failed: its GPU is lost to it, or the watchdog had the prompt interrupted.
         """
         client, client_id = await self._wait_listening()
-        attempt = Attempt(prompt_id=submission.prompt_id, observe=observe)
+        attempt = Attempt(
+            prompt_id=submission.prompt_id,
+            observe=observe,
+            graph=submission.graph,
+            secrets=secrets_in(submission.extra_data),
+            began_at=trio.current_time(),
+        )
         self._attempts[attempt.prompt_id] = attempt
         try:
             refusal = await self._submit(attempt, submission, client, client_id)
@@ -153,17 +172,23 @@ class Engine:
                 log.debug("engine.abandoned_prompt_lost", prompt_id=attempt.prompt_id)
             self._close(attempt)
 
+    @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        """The prompts that are in the engine as far as we know, oldest first."""
+        return tuple(self._attempts.values())
+
     # --- what the daemon calls
 
     def let_go(self) -> None:
         """Say that comfyd stops: whatever still runs ends with the engine, so nobody waits for an interrupt to work."""
-        self.went_down("comfyd is stopping", for_good=True)
+        self.went_down("comfyd is stopping", cause="stopped", for_good=True)
 
     # --- what the supervisor calls
 
-    def launched(self) -> None:
-        """The process has been started; it does not answer yet."""
+    def launched(self, secrets: Iterable[str] = ()) -> None:
+        """The process has been started, with *secrets* in its environment; it does not answer yet."""
         self.processes += 1
+        self.last_words.begin(secrets)
         self._notify()
 
     def went_up(self, client: EngineClient, node_classes: NodeClasses) -> None:
@@ -174,16 +199,22 @@ class Engine:
         self.state = EngineState.UP
         self._notify()
 
-    def went_down(self, reason: str, *, for_good: bool = False) -> None:
+    def failed(self, error: EngineError) -> EngineError:
+        """The engine failed by *error*, which is returned, to be raised."""
+        self.went_down(str(error), cause=error.cause)
+        return error
+
+    def went_down(self, reason: str, *, cause: str = "failed", for_good: bool = False) -> None:
         """The engine failed. Every prompt in it is lost."""
         self._client = None
         self._client_id = None
         self.warm = False
         self.last_failure = reason
+        self.last_cause = cause
         self._finished.clear()
         self.state = EngineState.GONE if for_good else EngineState.DOWN
         for attempt in self._attempts.values():
-            attempt.lose(reason)
+            attempt.lose(reason, cause=cause, last_words=self._words_on(attempt))
         self._notify()
 
     async def wait_condemned(self) -> None:
@@ -194,8 +225,7 @@ class Engine:
         """
         while self._verdict is None:
             await self._changed.wait()
-        self.went_down(str(self._verdict))
-        raise self._verdict
+        raise self.failed(self._verdict)
 
     async def serve_forgetting(self) -> None:
         """Drop finished prompts from the engine's history, many at a time. Runs until cancelled.
@@ -232,12 +262,24 @@ class Engine:
             attempt.doubt()
 
     def received(self, event: EngineEvent) -> None:
-        """Route an event to its prompt."""
+        """Route an event to its prompt.
+
+        Every event is a sign of life but two: the queue's ``status``, which an engine without a worker sends as well,
+        and the monitors of custom nodes (``crystools.monitor``), which tell of the machine from a thread of their own.
+        """
+        if event.type != "status" and not event.type.endswith(".monitor"):
+            self.signs_of_life += 1
         if event.prompt_id is not None:
             attempt = self._attempts.get(event.prompt_id)
             if attempt is not None:
                 attempt.hear(event)
-        elif event.type == "status":
+                if event.type == "execution_error":
+                    # At once: the worker may die of the same before it tells the end (ROCm/legacy-rocm-build#5742).
+                    self._condemn_if_broken(attempt)
+            return
+        if self.on_broadcast is not None:
+            self.on_broadcast(event)
+        if event.type == "status":
             # Broadcast on each change of the queue, history being stored by then: the moment to look again for prompts
             # whose own events go to a socket that is gone.
             for attempt in self._attempts.values():
@@ -245,7 +287,9 @@ class Engine:
                     attempt.wake()
 
     def received_binary(self, frame: bytes) -> None:
-        """A preview. Nobody asks for them yet, so they are not even parsed."""
+        """A preview. Nobody asks for them yet, so they are not even parsed; but who sends one is at work."""
+        del frame
+        self.signs_of_life += 1
 
     # --- inside
 
@@ -288,8 +332,8 @@ class Engine:
 
     async def _wait_ended(self, attempt: Attempt) -> None:
         while not attempt.ended:
-            if attempt.lost is not None:
-                raise EngineLost(attempt.lost)
+            if attempt.loss is not None:
+                raise attempt.loss
             changed = attempt.changed
             if not attempt.in_doubt:
                 await changed.wait()
@@ -299,6 +343,18 @@ class Engine:
                 continue
             with trio.move_on_after(DOUBT_RECHECK_S):
                 await changed.wait()
+        self._condemn_if_broken(attempt)
+        failure = attempt.engine_failure
+        if failure is not None:
+            raise EngineLost(str(failure), cause=failure.cause, last_words=self._words_on(attempt))
+
+    def _condemn_if_broken(self, attempt: Attempt) -> None:
+        failure = attempt.engine_failure
+        if isinstance(failure, EngineBroken) and self.up:
+            self.condemn(failure)
+
+    def _words_on(self, attempt: Attempt) -> tuple[str, ...]:
+        return self.last_words.concerning(attempt.began_at, attempt.secrets)
 
     async def _ask(self, attempt: Attempt, client: EngineClient) -> bool:
         """Ask the two independent truths, history and queue, what became of *attempt*; True if it is known now."""
@@ -314,7 +370,8 @@ class Engine:
             log.debug("engine.question_unanswered", reason=str(exc), prompt_id=attempt.prompt_id)
             return False
         if entry is None:
-            attempt.lose("the engine does not know the prompt any more")
+            reason = "the engine does not know the prompt any more"
+            attempt.lose(reason, cause="forgotten", last_words=self._words_on(attempt))
         else:
             attempt.settle(entry)
         return True

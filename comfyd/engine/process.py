@@ -25,6 +25,7 @@ import trio
 from comfyd.engine import guard
 from comfyd.engine.output import OutputLine, StreamName, Tail, forward_lines
 from comfyd.errors import EngineError, StartupFailed
+from comfyd.host.reaper import OWN_CHILDREN
 
 KILL_WAIT_S: Final = 10.0  # a driver takes seconds to free tens of GB of pinned and device memory
 OUTPUT_WAIT_S: Final = 1.0  # for the end of the output after the exit; a pipe may have been handed to a stranger
@@ -34,6 +35,8 @@ LEFTOVERS_WAIT_S: Final = 1.0
 
 class EngineStuck(EngineError):
     """Processes of the engine survive SIGKILL: they hang inside the kernel, as with a dead GPU driver."""
+
+    cause = "stuck"
 
     def __init__(self, pid: int, waited_s: float) -> None:
         super().__init__(f"the engine (pid {pid}) still has processes {waited_s:g} s after SIGKILL")
@@ -317,15 +320,18 @@ def _start_guard(stack: contextlib.ExitStack) -> _GuardLink:
         control.setblocking(False)
         stdout, guards_stdout = _open_pipe(stack, theirs)
         stderr, guards_stderr = _open_pipe(stack, theirs)
-        process = subprocess.Popen(
-            [*_guard_command(), str(guards_control.fileno())],
-            stdin=subprocess.DEVNULL,
-            stdout=guards_stdout,
-            stderr=guards_stderr,
-            env=_guard_environment(),
-            pass_fds=(guards_control.fileno(),),
-            start_new_session=True,  # out of reach of the terminal's Ctrl-C, and a mark for _kill_leftovers
-        )
+        with OWN_CHILDREN.spawning():
+            process = subprocess.Popen(
+                [*_guard_command(), str(guards_control.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=guards_stdout,
+                stderr=guards_stderr,
+                env=_guard_environment(),
+                pass_fds=(guards_control.fileno(),),
+                start_new_session=True,  # out of reach of the terminal's Ctrl-C, and a mark for _kill_leftovers
+            )
+            OWN_CHILDREN.own(process.pid)
+        stack.callback(OWN_CHILDREN.disown, process.pid)  # after `end`, which has waited for it if it could be
     try:
         pidfd = os.pidfd_open(process.pid)
     except OSError:  # no descriptor left, or a container's seccomp profile from before Linux 5.3

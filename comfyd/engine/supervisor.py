@@ -4,6 +4,7 @@ import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
+from signal import SIGKILL
 from typing import Final, NoReturn
 
 import attrs
@@ -11,21 +12,27 @@ import structlog
 import trio
 
 from comfyd.config import EngineConfig, RestartPolicy
+from comfyd.engine.activity import Snapshot, read_oom_kills, read_snapshot
 from comfyd.engine.client import EngineClient
 from comfyd.engine.engine import Engine
 from comfyd.engine.listener import ListenerTimes, serve_listener
 from comfyd.engine.object_info import NodeClasses
 from comfyd.engine.output import OutputLine
-from comfyd.engine.process import EngineProcess, ProcessConfig, open_process
+from comfyd.engine.process import EngineProcess, EngineStuck, ProcessConfig, open_process
+from comfyd.engine.watchdog import WatchdogTimes, WorkerObituary, serve_watchdog, serve_worker_watch
 from comfyd.errors import (
+    EngineBroken,
     EngineError,
     EngineExited,
+    EngineHung,
     EnginePortTaken,
     EngineStartTimeout,
     EngineUnavailable,
+    EngineWorkerDied,
     RestartLimitReached,
     StartupFailed,
 )
+from comfyd.host.environment import secret_values
 
 log = structlog.get_logger("comfyd.engine")
 output_log = structlog.get_logger("comfyd.engine.output")
@@ -46,6 +53,8 @@ class SupervisorConfig:
     env: Callable[[int], Mapping[str, str]]
     """The engine's environment, given the port it is to listen on."""
     listener: ListenerTimes = attrs.field(factory=ListenerTimes)
+    hang_timeout_s: float = 120.0
+    """How long the engine may give no sign of life before it is ended; 0 is for ever."""
 
 
 async def supervise_engine(
@@ -67,7 +76,7 @@ async def supervise_engine(
         await keep_running(partial(run_engine, engine, config), policy, engine)
     except (EngineError, StartupFailed) as exc:
         log.error("engine.gave_up", engine=engine.name, reason=str(exc))  # noqa: TRY400  # a reason, not a bug
-        engine.went_down(str(exc), for_good=True)
+        engine.went_down(str(exc), cause=_slug(exc), for_good=True)
         give_up(exc)
 
 
@@ -90,7 +99,7 @@ async def keep_running(
             failure = _cause(group)
         if failure is None:
             raise RuntimeError("an engine's run ends by raising, and it did not")
-        engine.went_down(str(failure))
+        engine.went_down(str(failure), cause=_slug(failure))
         hopeless = isinstance(failure, StartupFailed | EnginePortTaken) and not failed_at
         if policy is None or hopeless:
             raise failure
@@ -101,7 +110,10 @@ async def keep_running(
         if len(failed_at) > policy.max_failures:
             raise RestartLimitReached(failures=len(failed_at), window_s=policy.window_s) from failure
         delay_s = policy.delay_s(len(failed_at))
-        log.warning("engine.failed", engine=engine.name, reason=str(failure), restart_in_s=delay_s)
+        engine.restarts_by_cause[_slug(failure)] += 1
+        log.warning(
+            "engine.failed", engine=engine.name, cause=_slug(failure), reason=str(failure), restart_in_s=delay_s
+        )
         await trio.sleep(delay_s)
 
 
@@ -113,24 +125,38 @@ async def run_engine(engine: Engine, config: SupervisorConfig) -> NoReturn:
         StartupFailed: the command cannot be executed.
         EngineExited: the process ended by itself, before or after it was up. Any code, 0 included.
         EngineStartTimeout: no answer within the start-up budget.
+        EngineHung: it gave no sign of life for the time-out, see :mod:`comfyd.engine.watchdog`.
+        EngineWorkerDied: the thread that executes prompts has ended.
         EngineError: what :meth:`Engine.condemn` said.
     """
     settings = config.engine
     port = settings.port or _free_port(settings.address)
     await refuse_if_taken(settings.address, port)
     base_url = settings.url(port)
+    env = config.env(port)
     process_config = ProcessConfig(
-        argv=settings.command(port), env=config.env(port), cwd=settings.cwd, stop_grace_s=settings.stop_grace_s
+        argv=settings.command(port), env=env, cwd=settings.cwd, stop_grace_s=settings.stop_grace_s
     )
+    obituary = WorkerObituary()
+
+    def hear(line: OutputLine) -> None:
+        _log_line(line)
+        engine.last_words.add(line, trio.current_time())
+        obituary.hear(line)
+
     began = trio.current_time()
+    oom_kills = read_oom_kills()
     async with (
-        open_process(process_config, _log_line) as process,
+        open_process(process_config, hear) as process,
         EngineClient(base_url) as client,
         trio.open_nursery() as nursery,
     ):
-        engine.launched()
+        engine.launched(secret_values(env))
         log.info("engine.started", engine=engine.name, pid=process.pid, port=port)
-        nursery.start_soon(_raise_when_exited, process, engine)  # an early death also ends the wait for an answer
+        # An early death also ends the wait for an answer.
+        nursery.start_soon(_raise_when_exited, process, engine, oom_kills)
+        sample = partial(_sample, process.pid)
+        nursery.start_soon(serve_worker_watch, engine, obituary, sample)
         try:
             with trio.fail_after(settings.start_budget_s):
                 await wait_answering(client, settings.identity_arg)
@@ -140,6 +166,9 @@ async def run_engine(engine: Engine, config: SupervisorConfig) -> NoReturn:
         engine.went_up(client, await _node_classes(client))
         log.info("engine.up", engine=engine.name, pid=process.pid, waited_s=round(trio.current_time() - began, 3))
         nursery.start_soon(engine.serve_forgetting)
+        if config.hang_timeout_s > 0:
+            times = WatchdogTimes(hang_timeout_s=config.hang_timeout_s)
+            nursery.start_soon(serve_watchdog, engine, client, sample, times)
         await engine.wait_condemned()
     raise RuntimeError("unreachable: wait_condemned always raises")
 
@@ -189,10 +218,19 @@ async def _node_classes(client: EngineClient) -> NodeClasses:
         raise EngineUnavailable(f"no answer to /object_info within {OBJECT_INFO_TIMEOUT_S:g} s") from exc
 
 
-async def _raise_when_exited(process: EngineProcess, engine: Engine) -> NoReturn:
-    exited = EngineExited(await process.wait())
-    engine.went_down(str(exited))  # at once: stopping what it left behind may take the grace period
-    raise exited
+async def _raise_when_exited(process: EngineProcess, engine: Engine, oom_kills: int | None) -> NoReturn:
+    """Raise when the process has ended; *oom_kills* is how many the kernel had counted when it was started."""
+    returncode = await process.wait()
+    now = read_oom_kills() if returncode == -SIGKILL else None
+    oom_killed = now is not None and oom_kills is not None and now > oom_kills
+    # The engine is down at once: stopping what it left behind may take the grace period.
+    raise engine.failed(EngineExited(returncode, oom_killed=oom_killed))
+
+
+async def _sample(pid: int) -> Snapshot:
+    """Read what the engine's processes have done, in a thread: a machine may have thousands of processes."""
+    # A limiter of its own: there is never more than one sample of an engine at a time, and it must not wait for others.
+    return await trio.to_thread.run_sync(read_snapshot, pid, limiter=trio.CapacityLimiter(1))
 
 
 def _log_line(line: OutputLine) -> None:
@@ -210,8 +248,12 @@ def _free_port(address: str) -> int:
         return int(probe.getsockname()[1])
 
 
+_TELLING: Final = (EngineExited, EngineHung, EngineWorkerDied, EngineBroken)
+"""What explains others: an exit why an answer did not come, a hang why the process could not be stopped."""
+
+
 def _cause(group: BaseExceptionGroup[BaseException]) -> EngineError | StartupFailed:
-    """The failure that says most: an exit explains why an answer did not come."""
+    """The failure that says most."""
     leaves: list[EngineError | StartupFailed] = []
     pending: list[BaseException] = [group]
     while pending:
@@ -220,4 +262,9 @@ def _cause(group: BaseExceptionGroup[BaseException]) -> EngineError | StartupFai
             pending.extend(exc.exceptions)
         elif isinstance(exc, EngineError | StartupFailed):
             leaves.append(exc)
-    return next((exc for exc in leaves if isinstance(exc, EngineExited)), leaves[0])
+    leaves.sort(key=lambda exc: isinstance(exc, EngineStuck))  # which is about the end of one that failed before
+    return next((exc for kind in _TELLING for exc in leaves if isinstance(exc, kind)), leaves[0])
+
+
+def _slug(failure: EngineError | StartupFailed) -> str:
+    return failure.cause if isinstance(failure, EngineError) else "start-failed"

@@ -1,5 +1,6 @@
 """The application: Quart's routes, and beside them the plain ASGI endpoints for what is hot or large."""
 
+from functools import partial
 from typing import Final
 
 import structlog
@@ -10,32 +11,38 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTo
 
 from comfyd.errors import EngineError, Failure, FailureKind
 from comfyd.http import problems
-from comfyd.http.asgi import guarded
-from comfyd.http.events import JobEventsEndpoint
-from comfyd.http.jobs import add_jobs
+from comfyd.http.asgi import Exchange, by_method, guarded
+from comfyd.http.events import EventStreams
+from comfyd.http.interrupt import interrupt
+from comfyd.http.jobs import JobsEndpoint
 from comfyd.http.probes import PROBES, probe
 from comfyd.http.prompt import PromptEndpoint
 from comfyd.http.responses import json_response, problem_response
 from comfyd.http.server import HardenedQuart
+from comfyd.http.workflows import PREFIXES, WorkflowsEndpoint
 from comfyd.jobs import JobService
+from comfyd.workflows import Workflows
+from comfyd.workflows.live_source import LiveSource
 
 log = structlog.get_logger("comfyd.http")
 
 _MODELS_TIMEOUT_S: Final = 30.0
-_JOBS: Final = "/jobs/"
-_EVENTS: Final = "/events"
+_JOBS: Final = "/jobs"
 
 
 class ComfydApp(HardenedQuart):
     """Everything that comfyd serves."""
 
-    def __init__(self, service: JobService, max_body_bytes: int) -> None:
+    def __init__(self, service: JobService, workflows: Workflows, live: LiveSource, max_body_bytes: int) -> None:
         super().__init__("comfyd", max_body_bytes=max_body_bytes)
         self._service = service
         self._prompt = PromptEndpoint(service, max_body_bytes)
-        self._events = JobEventsEndpoint(service)
+        self._workflows = WorkflowsEndpoint(
+            service=service, workflows=workflows, live=live, max_body_bytes=max_body_bytes
+        )
+        self.events = EventStreams(service)
+        self._jobs = JobsEndpoint(service, self.events)
         _add_models(self, service)
-        add_jobs(self, service)
         _add_problems(self, max_body_bytes)
 
     async def __call__(
@@ -51,11 +58,17 @@ class ComfydApp(HardenedQuart):
                 await probe(path, scope["method"], self._service, send)
                 return
             if path == "/prompt":
-                await guarded(send, lambda noted: self._prompt(scope, receive, noted))
+                await guarded(send, lambda noted: self._prompt(Exchange(scope, receive, noted)))
                 return
-            if path.startswith(_JOBS) and path.endswith(_EVENTS):
-                job_id = path[len(_JOBS) : -len(_EVENTS)]
-                await guarded(send, lambda noted: self._events(scope, receive, noted, job_id))
+            if path == _JOBS or path.startswith(f"{_JOBS}/"):
+                await guarded(send, lambda noted: self._jobs(Exchange(scope, receive, noted)))
+                return
+            if path.startswith(PREFIXES) or path in {"/workflow", "/workflows"}:
+                await guarded(send, lambda noted: self._workflows(Exchange(scope, receive, noted)))
+                return
+            if path == "/interrupt":
+                handlers = {"POST": partial(interrupt, self._service)}
+                await guarded(send, lambda noted: by_method(Exchange(scope, receive, noted), handlers))
                 return
         await super().__call__(scope, receive, send)
 

@@ -4,6 +4,7 @@ All outputs of a job at once, bounded by the converter's and the store's own lim
 URL is told only of an object that the store has confirmed.
 """
 
+import shutil
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,7 @@ from comfyd.media.collect import OutputFile
 from comfyd.media.convert import ConversionFailed, Converted, Converter, Unchanged, delivery_names
 from comfyd.media.convert_options import ConvertOutput
 from comfyd.media.files import InputStore
+from comfyd.media.kept import KeptOutputs
 from comfyd.storage import S3Store, S3Target, StorageFailed
 
 log = structlog.get_logger("comfyd.jobs")
@@ -36,11 +38,12 @@ class Deliverer:
     """Converts and uploads a job's outputs."""
 
     store: InputStore
+    kept: KeptOutputs
     s3: S3Store
     converter: Converter = attrs.field(factory=Converter)
 
     async def deliver(self, job: Job, outputs: tuple[OutputFile, ...]) -> tuple[OutputFile, ...]:
-        """Do with *outputs* what the job's request asks for; the new files lie in the job's own folder.
+        """Do with *outputs* what the job's request asks for; new files lie in the job's own folder, or in the kept one.
 
         Raises:
             DeliveryFailed: a picture cannot be converted, or an object was not stored.
@@ -60,8 +63,9 @@ class Deliverer:
     async def _convert(
         self, job: Job, outputs: tuple[OutputFile, ...], conversion: ConvertOutput
     ) -> tuple[OutputFile, ...]:
-        folder = self.store.folder(job.key) / "converted"
-        await trio.to_thread.run_sync(lambda: folder.mkdir(parents=True, exist_ok=True))
+        home = self.kept if job.request.keeps_outputs else self.store
+        folder = home.folder(job.key) / "converted"
+        await trio.to_thread.run_sync(_make_anew, folder)
         results: dict[int, Converted | Unchanged] = {}
 
         async def convert(place: int) -> None:
@@ -104,6 +108,12 @@ class Deliverer:
             attrs.evolve(output, object_url=target.place(output.filename).url, url=urls[place])
             for place, output in enumerate(outputs)
         )
+
+
+def _make_anew(folder: Path) -> None:
+    """Make *folder*, without what a daemon has left in it that was killed at the same work: targets have to be new."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _converted(output: OutputFile, result: Converted | Unchanged, name: str) -> OutputFile:

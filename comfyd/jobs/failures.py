@@ -1,26 +1,14 @@
 """From what an engine said to what the caller is told: no traceback, no path of the server."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, Final
 
 from comfyd.engine import Raised, Refusal
 from comfyd.errors import Failure, FailureKind, Fault
-
-_MAX_TEXT: Final = 4000
-"""Characters of an exception's message that are passed on; some nodes put whole tensors into theirs."""
-
-# An absolute path of two or more parts, not part of a URL; its last part may stay, as it is mostly the file's name.
-_PATH: Final = re.compile(r"(?<![\w:/.])/(?:[^\s'\"<>|:,;/]+/)+")
+from comfyd.texts import hide_paths
 
 # Members of a node error's extra_info that only help whoever reads the server's code (ComfyUI 0.3.64, execution.py).
 _PRIVATE: Final = frozenset({"traceback", "input_config", "linked_node"})
-
-
-def hide_paths(text: str) -> str:
-    """Reduce absolute paths in *text* to their last part, and *text* to a length that a person reads."""
-    hidden = _PATH.sub("", text)
-    return hidden if len(hidden) <= _MAX_TEXT else f"{hidden[:_MAX_TEXT]}..."
 
 
 def execution_failed(raised: Raised) -> Failure:

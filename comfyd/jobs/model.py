@@ -16,10 +16,11 @@ import attrs
 import trio
 
 from comfyd.engine import ExecutionTimes
-from comfyd.errors import Failure
+from comfyd.errors import Failure, RequestRefused
 from comfyd.jobs.progress import Progress
 from comfyd.jobs.request import Request
 from comfyd.media.collect import OutputFile
+from comfyd.wire import decode_json, encode_json
 
 
 class JobState(Enum):
@@ -111,6 +112,16 @@ class Clock:
     collect_s: float = 0.0
     upload_s: float = 0.0
 
+    def as_dict(self) -> dict[str, float]:
+        """The stages so far, in seconds, with the time since acceptance: what outlives this process."""
+        stages = attrs.asdict(self)
+        return {**stages, "accepted": time.perf_counter() - self.accepted}
+
+    @classmethod
+    def resumed(cls, stages: Mapping[str, float]) -> "Clock":
+        """The clock that :meth:`as_dict` wrote, going on from there."""
+        return cls(**{**stages, "accepted": time.perf_counter() - stages["accepted"]})
+
     def stats(self, *, attempts: int, times: ExecutionTimes) -> Stats:
         """What the stages took so far."""
         return Stats(
@@ -123,6 +134,15 @@ class Clock:
             attempts=attempts,
             times=times,
         )
+
+
+@attrs.frozen(kw_only=True)
+class StateChange:
+    """That a job came into *state*, at *at* (unix seconds), as its change number *revision*."""
+
+    revision: int
+    state: JobState
+    at: float
 
 
 @attrs.define(eq=False)
@@ -148,8 +168,7 @@ class Job:
     """How many engines were lost under it."""
     stale_runs: int = 0
     """Runs in which a cached node reported a file that is gone."""
-    graph: dict[str, dict[str, Any]] = attrs.field(factory=dict)
-    """As it goes to the engine: inputs resolved, prefixes rewritten."""
+    _graph: dict[str, dict[str, Any]] | bytes = attrs.field(factory=dict, alias="graph")
     prefixes: tuple[str, ...] = ()
     """The rewritten prefixes: every file that the graph saves begins with one of them, or is reported by its node."""
     reported: list[Mapping[str, Any]] = attrs.field(factory=list)
@@ -169,6 +188,62 @@ class Job:
     changed: trio.Event = attrs.field(factory=trio.Event)
     scope: trio.CancelScope | None = None
     """What is to be cancelled if the job is, while somebody works on it."""
+    workflow: str = ""
+    """The name of the workflow that made the graph; empty for a prompt."""
+    accepted_at: float = attrs.field(factory=time.time)
+    """Unix seconds, as the two below."""
+    started_at: float | None = None
+    """When it was first handed to an engine."""
+    ended_at: float | None = None
+    daemon_deaths: int = 0
+    """How many daemons were killed while it ran."""
+    journalled: bool = False
+    """Whether the journal has it: it survives the daemon."""
+    refusal: Failure | None = None
+    """Why the journal did not take it; the job is then forgotten."""
+    decided: Outcome | None = None
+    """The outcome from the moment on at which there is no other; :attr:`outcome` once it is also on disk, if it has to
+    be: told before, a daemon that dies between the two could tell another one after its restart."""
+    end_state: JobState | None = None
+    """The state that it ends in, if its end was decided while it was on its way into the journal."""
+    run_since: float = 0.0
+    """Trio time at which its present attempt began."""
+    shelved: bool = False
+    """Whether it was put aside for the next start of the daemon."""
+    made: bool = False
+    """Whether its outputs are there and only have to be delivered."""
+    kept_bytes: int = 0
+    """Size of the outputs that are kept for whoever asks later."""
+    revision: int = 1
+    """Counts its changes, for watchers that resume."""
+    states: list[StateChange] = attrs.field(init=False)
+    """Every state so far, a handful."""
+
+    def __attrs_post_init__(self) -> None:
+        """Note the first state."""
+        self.states = [StateChange(revision=self.revision, state=self.state, at=self.accepted_at)]
+
+    @property
+    def graph(self) -> dict[str, dict[str, Any]]:
+        """As it goes to the engine: inputs resolved, prefixes rewritten."""
+        graph = self._graph
+        if isinstance(graph, bytes):
+            graph = self._graph = decode_json(graph)
+        return graph
+
+    @graph.setter
+    def graph(self, graph: dict[str, dict[str, Any]]) -> None:
+        self._graph = graph
+
+    def pack(self) -> None:
+        """Hold the graph as JSON until it is asked for, at a fifth of its size: for jobs that wait behind many."""
+        if not isinstance(self._graph, bytes):
+            self._graph = encode_json(self._graph)
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody is to work on it any more."""
+        return self.decided is not None or self.shelved
 
     @property
     def shown_graph(self) -> Mapping[str, Any]:
@@ -183,12 +258,30 @@ class Job:
         if state not in _NEXT[self.state]:
             raise RuntimeError(f"a job cannot go from {self.state.value} to {state.value}")
         self.state = state
+        now = time.time()
+        if state is JobState.RUNNING and self.started_at is None:
+            self.started_at = now
+        elif state.final:
+            self.ended_at = now if self.ended_at is None else self.ended_at
+        self.states.append(StateChange(revision=self.revision + 1, state=state, at=now))
         self.touch()
 
     def touch(self) -> None:
         """Make whoever watches the job look again."""
+        self.revision += 1
         self.changed.set()
         self.changed = trio.Event()
+
+    async def wait_accepted(self) -> None:
+        """Wait until the job is a promise: it is in the journal, or need not be.
+
+        Raises:
+            RequestRefused: the journal could not take it.
+        """
+        while self.request.detached and not self.journalled:
+            if self.refusal is not None:
+                raise RequestRefused(self.refusal)
+            await self.changed.wait()
 
     async def wait_final(self) -> Outcome:
         """Wait for the outcome."""

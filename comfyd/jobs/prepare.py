@@ -15,6 +15,7 @@ from comfyd.jobs.service import JobService
 from comfyd.media.collect import records
 from comfyd.media.files import InputStore, remove_folder, remove_outputs
 from comfyd.media.inputs import Candidate, InvalidInputs
+from comfyd.media.kept import KeptOutputs
 from comfyd.media.resolve import Resolver
 
 log = structlog.get_logger("comfyd.jobs")
@@ -32,6 +33,7 @@ class Preparer:
     service: JobService
     store: InputStore
     resolver: Resolver
+    kept: KeptOutputs
     output_dir: Path
     _cleaning: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1))
 
@@ -45,11 +47,11 @@ class Preparer:
                 await self.service.preparing.park()
 
     async def _prepare_and_enqueue(self, job: Job, found: tuple[Candidate, ...]) -> None:
-        if job.outcome is not None:  # cancelled, and cleaned up, before its turn came
+        if job.over:  # cancelled, and cleaned up, before its turn came
             return
         with bind_job(job.id, job.attempts):
             await self.prepare(job, found)
-            if job.outcome is None:
+            if not job.over:
                 self.service.enqueue(job)
 
     async def prepare(self, job: Job, found: tuple[Candidate, ...]) -> None:
@@ -66,16 +68,16 @@ class Preparer:
                     job.graph[node_id]["inputs"][name] = value
                 job.shown = resolved.shown
             except InvalidInputs as exc:
-                if job.outcome is None:
+                if not job.over:
                     self.service.finish(job, exc.failure, JobState.FAILED)
             except OSError as exc:  # the disk is full, or gone: this job's end, and not the daemon's
                 log.error("job.inputs_not_written", reason=str(exc))  # noqa: TRY400  # a full story in one line
-                if job.outcome is None:
+                if not job.over:
                     detail = f"the inputs could not be written to disk: {exc.strerror}"
                     self.service.finish(job, Failure(kind=FailureKind.INTERNAL, detail=detail), JobState.FAILED)
         job.scope = None
         job.clock.prepare_s += time.perf_counter() - began
-        if job.outcome is not None:
+        if job.over:
             self.service.clean_if_done(job)
 
     async def serve_cleaning(self) -> NoReturn:
@@ -99,6 +101,9 @@ class Preparer:
         for job in jobs:
             if job.folder is not None:
                 remove_folder(job.folder)
+            if job.request.keeps_outputs:
+                outputs = job.outcome.outputs if isinstance(job.outcome, Success) else ()
+                self.kept.only(job.key, {output.path for output in outputs})
             try:
                 made = {
                     record.path

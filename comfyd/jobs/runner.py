@@ -1,10 +1,10 @@
 """Runs jobs on one engine, one at a time, and looks at what came of each outside the engine's turn."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import attrs
 import structlog
@@ -30,6 +30,7 @@ from comfyd.jobs.prepare import Preparer
 from comfyd.jobs.request import Request
 from comfyd.jobs.service import JobService
 from comfyd.media.collect import Collection, OutputFile, collect
+from comfyd.media.kept import KeptOutputs
 
 log = structlog.get_logger("comfyd.jobs")
 
@@ -50,6 +51,9 @@ _FREE_SETTLE_S: Final = 0.1
 (0.3.64, ``main.py``, prompt_worker), and says nothing when it has."""
 
 
+Publish = Callable[[str, Mapping[str, Any], str | None, str | None, str | None], None]
+
+
 @attrs.define(eq=False)
 class Runner:
     """One engine's runner with its finishing task."""
@@ -58,8 +62,12 @@ class Runner:
     engine: Engine
     preparer: Preparer
     deliverer: Deliverer
+    kept: KeptOutputs
     output_dir: Path
+    publish: Publish | None = None
+    """Hears every event of callers' jobs: type, data, session, job id, and the engine's id of the attempt."""
     _collecting: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(_COLLECTING_THREADS))
+    _finishing_slots: trio.Semaphore = attrs.field(factory=lambda: trio.Semaphore(_FINISHING_AT_ONCE))
 
     async def serve(self) -> None:
         """Hand jobs to the engine until cancelled, or until the engine is gone for good; then every job is told."""
@@ -88,19 +96,24 @@ class Runner:
 
     async def _serve_finishing(self, executions: trio.MemoryReceiveChannel[tuple[Job, Execution]]) -> None:
         # A task for each, so that a slow disk or upload under one job does not hold up the next.
-        slots = trio.Semaphore(_FINISHING_AT_ONCE)
-
         async def finish(job: Job, execution: Execution) -> None:
             try:
                 await self._finish(job, execution)
             finally:
-                slots.release()
+                self._finishing_slots.release()
 
         with executions:
             async with trio.open_nursery() as nursery:
                 async for job, execution in executions:
-                    await slots.acquire()
+                    await self._finishing_slots.acquire()
                     nursery.start_soon(finish, job, execution)
+
+    async def deliver_again(self, job: Job, execution: Completed, outputs: tuple[OutputFile, ...]) -> None:
+        """Deliver what a job had made when an earlier daemon ended; no engine is needed for it."""
+        async with self._finishing_slots:
+            if not job.over:
+                with bind_job(job.id, job.attempts):
+                    await self._deliver(job, execution, outputs)
 
     async def _run(self, job: Job) -> Execution | None:
         """Run *job* once. None: it ended otherwise (cancelled), or goes back to the queue (the engine was lost)."""
@@ -116,16 +129,18 @@ class Runner:
                         await self.engine.client.free()
                         await trio.sleep(_FREE_SETTLE_S)
                     submission = Submission(graph=job.graph, extra_data=job.request.extra_data or {})
-                    execution = await self.engine.execute(submission, partial(_hear, job))
+                    execution = await self.engine.execute(submission, partial(self._hear, job))
                     if len(job.reported) - heard < len(execution.outputs):  # some are known from history only
                         job.reported.append(execution.outputs)
+                except EngineLost as exc:
+                    lost = exc
                 except EngineError as exc:
-                    lost = EngineLost(str(exc))
+                    lost = EngineLost(str(exc), cause=exc.cause)
             if job.scope.cancelled_caught:
                 await self.engine.wait_idle()  # the engine may still be at it; its turn ends when it says so
             job.scope = None
             job.clock.engine_s += time.perf_counter() - began
-            if job.outcome is not None:
+            if job.over:
                 self.service.clean_if_done(job)
                 return None
             if lost is not None:
@@ -140,14 +155,17 @@ class Runner:
         limit = self.service.config.jobs.max_attempts
         if job.internal or job.crashes >= limit:
             times = "once" if job.crashes == 1 else f"{job.crashes} times"
-            failure = Failure(
-                kind=FailureKind.ENGINE_CRASHED,
-                detail=f"ComfyUI ended under this job {times}: {lost}",
-                facts={"attempts": job.attempts},
-            )
+            facts: dict[str, Any] = {"attempts": job.attempts, "cause": lost.cause}
+            if lost.last_words:
+                facts["last_words"] = list(lost.last_words)
+            detail = f"ComfyUI ended under this job {times}: {lost}"
+            log.error("job.quarantined", job_id=job.id, cause=lost.cause, crashes=job.crashes)
+            failure = Failure(kind=FailureKind.ENGINE_CRASHED, detail=detail, facts=facts)
             self.service.finish(job, failure, JobState.FAILED)
             return
-        log.warning("job.requeued", job_id=job.id, reason=str(lost), crashes=job.crashes, max_attempts=limit)
+        log.warning(
+            "job.requeued", job_id=job.id, reason=str(lost), cause=lost.cause, crashes=job.crashes, max_attempts=limit
+        )
         self.service.enqueue(job)
 
     async def _finish(self, job: Job, execution: Execution) -> None:
@@ -172,7 +190,7 @@ class Runner:
             look, job.graph, execution.outputs, self.output_dir, limiter=self._collecting
         )
         job.clock.collect_s += time.perf_counter() - began
-        if job.outcome is not None:  # cancelled meanwhile
+        if job.over:  # cancelled meanwhile
             self.service.clean_if_done(job)
         elif collection.refused or (collection.missing and job.stale_runs >= _STALE_RUNS):
             node_id, name = (collection.refused or collection.missing)[0]
@@ -183,10 +201,27 @@ class Runner:
             mark_unlike_cached(job.graph, (node_id for node_id, _ in collection.missing), f"{job.key}-{job.attempts}")
             self.service.enqueue(job)
         else:
-            await self._deliver(job, execution, collection.found)
+            await self._keep_and_deliver(job, execution, collection.found)
+
+    async def _keep_and_deliver(self, job: Job, execution: Completed, outputs: tuple[OutputFile, ...]) -> None:
+        if job.request.keeps_outputs and outputs:
+            try:
+                outputs = await trio.to_thread.run_sync(self.kept.keep, job.key, outputs, limiter=self._collecting)
+            except OSError as exc:  # the disk is full, or gone: this job's end, and not the daemon's
+                log.error("job.outputs_not_kept", reason=str(exc))  # noqa: TRY400  # a full story in one line
+                detail = f"the outputs could not be moved to where they are kept: {exc.strerror}"
+                self._fail(job, Failure(kind=FailureKind.INTERNAL, detail=detail))
+                return
+        if job.over:  # cancelled meanwhile
+            self.service.clean_if_done(job)
+            return
+        if job.journalled:
+            job.made = True
+            self.service.ledger.made(job, execution, outputs)
+        await self._deliver(job, execution, outputs)
 
     async def _deliver(self, job: Job, execution: Completed, outputs: tuple[OutputFile, ...]) -> None:
-        if job.request.conversion is not None:
+        if job.request.conversion is not None and not job.request.keeps_outputs:
             job.folder = self.deliverer.store.folder(job.key)
         with trio.CancelScope() as job.scope:
             try:
@@ -198,15 +233,27 @@ class Runner:
                 detail = f"the outputs could not be written to disk: {exc.strerror}"
                 self._fail(job, Failure(kind=FailureKind.INTERNAL, detail=detail))
         job.scope = None
-        if job.outcome is not None:
+        if job.over:
             self.service.clean_if_done(job)
             return
+        if job.request.keeps_outputs:
+            job.kept_bytes = sum(output.size_bytes for output in outputs)
         stats = job.clock.stats(attempts=job.attempts, times=execution.times)
         success = Success(graph=job.shown_graph, outputs=outputs, stats=stats)
         self.service.finish(job, success, JobState.SUCCEEDED)
 
+    def _hear(self, job: Job, event: EngineEvent) -> None:
+        if event.type == "executed":
+            output = event.data.get("output")
+            if isinstance(output, Mapping):
+                job.reported.append({str(event.data.get("node")): output})
+        if job.progress.hear(event):
+            job.touch()
+        if self.publish is not None and not job.internal:
+            self.publish(event.type, event.data, None, job.id, event.prompt_id)
+
     def _fail(self, job: Job, failure: Failure) -> None:
-        if job.outcome is None:
+        if not job.over:
             ended = JobState.CANCELLED if failure.kind is FailureKind.JOB_CANCELLED else JobState.FAILED
             self.service.finish(job, failure, ended)
 
@@ -247,15 +294,6 @@ class Runner:
         self.engine.condemn(WarmupFailed(reason))
         while self.engine.up:
             await self.engine.wait_changed()
-
-
-def _hear(job: Job, event: EngineEvent) -> None:
-    if event.type == "executed":
-        output = event.data.get("output")
-        if isinstance(output, Mapping):
-            job.reported.append({str(event.data.get("node")): output})
-    if job.progress.hear(event):
-        job.touch()
 
 
 def _file_not_there(node_id: str, name: str) -> Failure:

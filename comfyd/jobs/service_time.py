@@ -16,13 +16,14 @@ _MAX_S: Final = 3600.0
 class ServiceTime:
     """A moving mean of the seconds that an engine spends on a job."""
 
-    _mean_s: float | None = None
+    mean_s: float | None = None
+    """None before the first job has ended."""
 
     def measured(self, seconds: float) -> None:
         """A job has ended."""
-        self._mean_s = seconds if self._mean_s is None else self._mean_s + _WEIGHT * (seconds - self._mean_s)
+        self.mean_s = seconds if self.mean_s is None else self.mean_s + _WEIGHT * (seconds - self.mean_s)
 
     def retry_after_s(self, jobs_before: int) -> float:
         """In how many seconds so many jobs will have been served; between a second and an hour."""
-        mean_s = _UNKNOWN_S if self._mean_s is None else self._mean_s
+        mean_s = _UNKNOWN_S if self.mean_s is None else self.mean_s
         return min(_MAX_S, max(_MIN_S, mean_s * max(1, jobs_before)))

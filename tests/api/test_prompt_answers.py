@@ -254,7 +254,8 @@ async def test_the_events_of_a_job_lead_to_its_result(client: httpx.AsyncClient)
         assert (await prompt(client, graph, id="watched")).status_code == 200
     names = [name for name, _ in events]
     assert names[-1] == "result"
-    assert set(names[:-1]) == {"progress"}
+    assert set(names[:-1]) == {"state", "progress"}
+    assert [data["state"] for name, data in events if name == "state"][-3:] == ["queued", "running", "delivering"]
     assert any(data["node_title"] == "A rest" for name, data in events if name == "progress")
     percents = [data["percent"] for name, data in events if name == "progress"]
     assert percents == sorted(percents)  # type: ignore[type-var]  # numbers, by the contract

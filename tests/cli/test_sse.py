@@ -32,6 +32,27 @@ def test_comments_ids_and_empty_lines_are_passed_over() -> None:
     ]
 
 
+def test_the_id_of_an_event_counts_once_the_event_is_complete_and_until_the_next_id() -> None:
+    parser = EventParser()
+    for line in ("id: life-1", "event: state", "data: 1"):
+        parser.feed(line)
+    assert parser.last_id == "", "a stream cut off here must be asked for this event again"
+    parser.feed("")
+    assert parser.last_id == "life-1"
+    for line in ("event: progress", "data: 2", "", "id: life-2", "data: 3"):
+        parser.feed(line)
+    assert parser.last_id == "life-1"
+    parser.feed("")
+    assert parser.last_id == "life-2"
+
+
+@pytest.mark.parametrize(("line", "seconds"), [("retry: 250", 0.25), ("retry: soon", 2.0), ("retry: -1", 2.0)])
+def test_the_server_says_when_to_come_back(line: str, seconds: float) -> None:
+    parser = EventParser()
+    parser.feed(line)
+    assert parser.retry_s == seconds
+
+
 def test_data_on_several_lines_is_one_value() -> None:
     assert parsed("data: {", 'data: "a": [1,', "data: 2]}", "") == [ServerEvent("message", {"a": [1, 2]})]
 

@@ -17,6 +17,7 @@ from comfyd.jobs.deliver import Deliverer, DeliveryFailed
 from comfyd.media.collect import OutputFile
 from comfyd.media.convert_options import ConvertOutput, parse_convert
 from comfyd.media.files import InputStore
+from comfyd.media.kept import KeptOutputs
 from comfyd.storage import S3Store, S3Target, StorageFailed
 from comfyd.storage.s3_errors import Trouble
 
@@ -58,7 +59,7 @@ class Bench:
 
     @property
     def deliverer(self) -> Deliverer:
-        return Deliverer(store=self.store, s3=cast("S3Store", self.s3))
+        return Deliverer(store=self.store, kept=KeptOutputs(root=self.folder / "kept"), s3=cast("S3Store", self.s3))
 
     def output(self, filename: str, data: bytes = b"data", *, node_id: str = "2", subfolder: str = "") -> OutputFile:
         path = self.folder / subfolder / filename

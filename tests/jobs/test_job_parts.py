@@ -13,10 +13,11 @@ from comfyd.engine.attempt import ExecutionTimes
 from comfyd.errors import Failure, FailureKind, Fault, InvalidValue
 from comfyd.jobs import Job, JobState, PromptRequest, Request, parse_request
 from comfyd.jobs.deadlines import Deadlines
-from comfyd.jobs.failures import execution_failed, hide_paths, prompt_refused, summary
+from comfyd.jobs.failures import execution_failed, prompt_refused, summary
 from comfyd.jobs.model import Clock
 from comfyd.jobs.progress import Progress
 from comfyd.jobs.service_time import ServiceTime
+from comfyd.texts import hide_paths
 
 S = JobState
 LEGAL = {

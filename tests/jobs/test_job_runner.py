@@ -40,6 +40,7 @@ from comfyd.media import resolve as resolve_module
 from comfyd.media.fetch import open_fetcher
 from comfyd.media.files import InputStore
 from comfyd.media.inputs import resolve_inputs
+from comfyd.media.kept import KeptOutputs
 from comfyd.media.resolve import Resolver
 from comfyd.net import UrlPolicy
 from comfyd.storage import S3Store
@@ -94,19 +95,22 @@ async def running(tmp_path: Path, engine: ScriptedEngine, **jobs: Any) -> AsyncI
     service = make_service(cast("Engine", engine), **jobs)
     store = InputStore.open(tmp_path / "input")
     media, s3 = service.config.media, S3Store()
+    kept = KeptOutputs(root=output_dir / "kept")
     with closing(store), trio.fail_after(25):
         async with open_fetcher(media, UrlPolicy(), store.root / "spool") as fetcher, trio.open_nursery() as nursery:
             preparer = Preparer(
                 service=service,
                 store=store,
                 resolver=Resolver(store=store, fetcher=fetcher, s3=s3, limits=media),
+                kept=kept,
                 output_dir=output_dir,
             )
             runner = Runner(
                 service=service,
                 engine=cast("Engine", engine),
                 preparer=preparer,
-                deliverer=Deliverer(store=store, s3=s3),
+                deliverer=Deliverer(store=store, kept=kept, s3=s3),
+                kept=kept,
                 output_dir=output_dir,
             )
             for serve in (preparer.serve_preparing, preparer.serve_cleaning, runner.serve):
@@ -221,7 +225,7 @@ async def test_a_job_whose_engine_is_lost_runs_again_before_later_ones(tmp_path:
         assert first.crashes == 1
 
 
-@pytest.mark.parametrize("error", [EngineLost("code 3"), EngineUnavailable("code 3")])
+@pytest.mark.parametrize("error", [EngineLost("code 3", last_words=("Fatal",)), EngineUnavailable("code 3")])
 async def test_a_job_under_which_the_engine_dies_too_often_is_given_up_as_the_cause(
     tmp_path: Path, error: Exception
 ) -> None:
@@ -229,7 +233,9 @@ async def test_a_job_under_which_the_engine_dies_too_often_is_given_up_as_the_ca
         failure = await daemon.failure(daemon.submit())
         assert failure.kind is FailureKind.ENGINE_CRASHED
         assert failure.detail == "ComfyUI ended under this job 2 times: code 3"
-        assert failure.facts == {"attempts": 2}
+        assert failure.facts["attempts"] == 2
+        assert failure.facts["cause"] == "failed"
+        assert failure.facts.get("last_words") == (["Fatal"] if isinstance(error, EngineLost) else None)
         await daemon.success(daemon.submit("next"))
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,12 @@ class Fault:
     post: str | None = None
     """Answer the POST with this: ``hang``, ``garbage``, or a status; the engine never gets the prompt. With a ``+``
     before it, the engine gets it all the same."""
+    hang: str | None = None
+    """Hold up the whole engine, its server too, when the first node begins: ``block`` (wait for nothing), ``burn`` (use
+    the CPU), ``read`` (read a file, slowly, from memory: it costs no CPU)."""
+    hang_s: float = 3600.0
+    say: str | None = None
+    """Write this to stderr when the first node begins."""
     history: str | None = None
     """``lost``: the prompt is in no answer of ``/history``. ``bare``: its entry has no status. ``odd``: it has members
     that make no sense beside those that do."""
@@ -188,6 +195,11 @@ class FlakyEngine:
         if is_last:
             say(f"prompt {self._current} had {count} messages: {' '.join(self._messages)}")
             self._current = ""
+        if name == "executing" and self._messages.count(name) == 1:
+            if fault.say is not None:
+                os.write(2, fault.say.encode())
+            if fault.hang is not None:
+                hang(fault.hang, fault.hang_s)
         if fault.die == name:
             die(fault.how)
         if fault.drop_each or count == fault.drop_after:
@@ -265,6 +277,18 @@ async def read_body(receive: Receive) -> bytes:
         body += message["body"]
         more = message["more_body"]
     return body
+
+
+def hang(how: str, seconds: float) -> None:
+    """Keep this thread for so long."""
+    end = time.monotonic() + seconds
+    with Path("/dev/zero").open("rb", buffering=0) as file:
+        while (left := end - time.monotonic()) > 0:
+            if how == "block":
+                time.sleep(left)
+            elif how == "read":
+                file.read(1 << 18)
+                time.sleep(0.02)
 
 
 def die(how: str) -> NoReturn:

@@ -1,9 +1,19 @@
 """The limits of the HTTP server, each set on purpose."""
 
+from pathlib import Path
+
 import attrs
 from attrs import validators
 
 MIB = 1024 * 1024
+
+
+@attrs.frozen(kw_only=True)
+class TlsFiles:
+    """PEM files: the certificate followed by its intermediates, and its key without a passphrase."""
+
+    certificate: Path
+    key: Path
 
 
 @attrs.frozen(kw_only=True)
@@ -14,6 +24,13 @@ class HttpServerConfig:
     host: str
     #: 0 takes any free port.
     port: int = attrs.field(validator=[validators.ge(0), validators.le(65535)])
+    #: None: plain HTTP. Else every TCP client must speak TLS. Clients of a Unix socket are on this machine: plain.
+    tls: TlsFiles | None = None
+    #: How often the files are looked at. Renewals come weeks before the end.
+    tls_check_interval_s: float = 60.0
+    #: Handshakes under way at once; one more ends the oldest. With 100 ms to the client that is some 1500 new clients
+    #: each second, more than one core can sign for.
+    max_handshakes: int = attrs.field(default=300, validator=validators.ge(1))
     #: Larger request bodies get 413.
     max_body_bytes: int = attrs.field(validator=validators.ge(0))
     #: How long open requests may still take after the stop; then every connection is closed by force.
@@ -22,6 +39,7 @@ class HttpServerConfig:
     #: first: a connection closed by us just as the balancer sends the next request shows as a 502.
     keep_alive_timeout_s: float = 75.0
     #: From the first byte of a request (or the opening of a connection) to the end of its header. Cuts slow-loris.
+    #: The TLS handshake, before that, has as long.
     header_timeout_s: float = 10.0
     #: How long an upload may stand still, and what it must keep up with afterwards: each second allowed is earned by
     #: ``min_upload_bytes_per_s`` received, up to ``body_timeout_s``. There is no limit on the total, because an honest

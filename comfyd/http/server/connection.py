@@ -6,12 +6,13 @@ request starts and cancels tasks. One reader task per connection does all parsin
 
 HTTP/2 is off on purpose. On a plain port nothing but tools speaks it, and nine of the fifteen openings that end stock
 Hypercorn (``tests/malformed_openings.py``) are in its HTTP/2 code. An ``Upgrade: h2c`` is ignored, as RFC 9110 section
-7.8 allows; a client with prior knowledge gets a GOAWAY that tells it to use HTTP/1.1. HTTP/2 by ALPN belongs to TLS and
-needs a guarded class of its own.
+7.8 allows; a client with prior knowledge gets a GOAWAY that tells it to use HTTP/1.1. TLS offers only HTTP/1.1 (ALPN):
+HTTP/2 would need a guarded class of its own, for clients that send one request at a time and wait for a picture.
 """
 
 import json
 from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -33,9 +34,11 @@ from hypercorn.protocol.events import (
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework
 
+from comfyd.http.server.certificate import Certificate
 from comfyd.http.server.config import HttpServerConfig
 from comfyd.http.server.head import RequestHead
 from comfyd.http.server.streams import FRAMES_TOGETHER, HttpStream, Inbox, WsStream
+from comfyd.http.server.tls import HandshakeFailed, Handshakes, TlsLayer
 from comfyd.http.server.transport import NEVER, PIECE_BYTES, Transport
 
 log = structlog.get_logger("comfyd.http")
@@ -58,6 +61,9 @@ class Service:
     state: dict[str, Any]
     #: The app answers 413 itself, in its own words.
     app_bounds_bodies: bool
+    #: None: plain HTTP.
+    certificate: Certificate | None
+    handshakes: Handshakes
 
 
 class Connection:
@@ -78,7 +84,7 @@ class Connection:
         self._over = False  # we are done with this client; what is left is to close politely
         self._paused = False  # what comes now is for the next request
         self._websocket_bytes: bytearray | None = None  # from the upgrade on, h11 has no part in what comes
-        self._body_withheld = False  # the client waits for "100 Continue" before it sends the body
+        self._body_withheld = False  # the client waits for "100 Continue" before it sends the body, see _invite_body
         self._body_refused = False
         self._body_bytes = 0
         self._patience_s = 0.0  # what is left of the body timeout
@@ -94,11 +100,13 @@ class Connection:
         try:
             with self._scope:
                 async with trio.open_nursery() as self._nursery:
-                    if self._learn_addresses():
+                    if self._learn_addresses() and await self._secure():
                         await self._read()
                     self._close_stream()
                     if self._over and self._may_hear_more:
                         await self._transport.linger(self._config.linger_s)
+                    elif self._over:
+                        await self._transport.say_farewell(self._config.linger_s)
                     self._transport.cut()
                     # The app was told. One that does not end by itself must not outlive its client for long.
                     self._nursery.cancel_scope.deadline = trio.current_time() + self._config.disconnect_grace_s
@@ -151,16 +159,46 @@ class Connection:
     def _learn_addresses(self) -> bool:
         """Note client and server; False if the client has left already.
 
-        IPv4 clients of a dual-stack socket are noted in the form that everyone expects.
+        IPv4 clients of a dual-stack socket are noted in the form that everyone expects. Those of a Unix socket have no
+        address, and its path is no host and port: both stay None.
         """
         socket = self._transport.stream.socket
         try:
             peer, own = socket.getpeername(), socket.getsockname()
         except OSError:
             return False
+        if not isinstance(own, tuple):
+            return True
         self._client = peer[0].removeprefix("::ffff:"), peer[1]
         self._server = own[0].removeprefix("::ffff:"), own[1]
         return True
+
+    async def _secure(self) -> bool:
+        """Do the TLS handshake, if it is spoken here; whether the client may ask now."""
+        certificate = self._service.certificate
+        if certificate is None or self._server is None:  # the latter: a Unix socket
+            return True
+        failure: HandshakeFailed | None = None
+        try:
+            with self._service.handshakes.one_more(self.cut):
+                await self._transport.secure(
+                    TlsLayer(certificate.context), trio.current_time() + self._config.header_timeout_s
+                )
+        except HandshakeFailed as exc:
+            failure = exc
+        except trio.TooSlowError:
+            failure = HandshakeFailed("too slow")
+        if failure is not None:
+            # Debug: balancers look whether a port is open, and browsers open connections that they then do not need.
+            level = log.info if failure.malformed else log.debug
+            level("http.handshake_failed", reason=str(failure), client=self._client)
+            if failure.last_words:
+                self._transport.hold(failure.last_words)
+                await self._transport.flush()
+                await self._transport.linger(self._config.linger_s)
+            return False
+        self._head_began_at = self.idle_since = trio.current_time()
+        return not (self._draining and self.close_if_idle())
 
     # -- reading: only ever in the connection's main task
 
@@ -193,7 +231,8 @@ class Connection:
             return self._head_began_at + self._config.header_timeout_s
         if self._websocket_bytes is not None:  # a client may listen for ever; h11 would still wait for a body's end
             return NEVER
-        return now + self._patience_s if self._h11.their_state is h11.SEND_BODY else NEVER
+        wanted = self._h11.their_state is h11.SEND_BODY and not self._body_withheld
+        return now + self._patience_s if wanted else NEVER
 
     def _feed(self, data: bytes, waited_s: float) -> None:
         if self._websocket_bytes is not None:
@@ -217,10 +256,6 @@ class Connection:
             if self._websocket_bytes is not None:
                 await self._take_websocket_bytes()
                 return
-            if self._h11.they_are_waiting_for_100_continue and not self._body_refused:
-                self._body_withheld = False
-                self._transport.hold(self._h11.send(h11.InformationalResponse(status_code=100, headers=[])))
-                await self._transport.flush()
             try:
                 event = self._h11.next_event()
             except h11.RemoteProtocolError as exc:
@@ -251,6 +286,7 @@ class Connection:
         return isinstance(self._stream, WsStream) and self._stream.handshake.accepted
 
     async def _take_body(self, data: bytes) -> None:
+        self._body_withheld = False  # it did not wait for long, as it may
         if self._stream is None:
             return  # answered before the body ended: dropped, see _end_stream
         self._body_bytes += len(data)
@@ -319,7 +355,7 @@ class Connection:
             self._service.hypercorn,
             _CONTEXT,
             self,  # type: ignore[arg-type] # Hypercorn's TaskGroup, of which the streams use spawn and spawn_app
-            False,
+            self._transport.secured,
             self._client,
             self._server,
             self._stream_send,
@@ -349,8 +385,9 @@ class Connection:
         self._nursery.start_soon(func, *args)
 
     async def _run_app(self, app: ASGIFramework, scope: Any, stream: HttpStream | WsStream) -> None:
+        receive = partial(self._invite_body, stream) if self._body_withheld else stream.inbox.receive
         try:
-            await app(scope, stream.inbox.receive, stream.app_send)
+            await app(scope, receive, stream.app_send)
         except* ConnectionError as group:
             if stream.closed:
                 log.debug("http.client_left", path=scope["path"])
@@ -359,6 +396,19 @@ class Connection:
         except* Exception as group:
             log.exception("http.app_failed", path=scope["path"], type=scope["type"], exc_info=group)
         await stream.app_send(None)
+
+    async def _invite_body(self, stream: HttpStream | WsStream) -> Any:
+        """The ASGI ``receive`` of an app whose client asked whether it should send the body at all.
+
+        It is told to go on when the app wants the body. One that refuses without looking at it (401) gets none.
+        """
+        if self._body_withheld and not self._body_refused and stream is self._stream:
+            self._body_withheld = False
+            if self._h11.they_are_waiting_for_100_continue:
+                self._hold(h11.InformationalResponse(status_code=100, headers=[]))
+                self._transport.wake()  # from now on it must not be slow
+                await self._transport.flush()
+        return await stream.inbox.receive()
 
     # -- answers: in the app's task, or in the main task for refusals
 
@@ -374,7 +424,8 @@ class Connection:
                 await self._transport.flush()
                 return
             headers = [*event.headers, *self._service.hypercorn.response_headers("h11")]
-            if self._draining or self.requests >= self._config.max_requests_per_connection:
+            last = self._draining or self.requests >= self._config.max_requests_per_connection
+            if last or self._body_withheld:  # the client may still send the body, or not: nobody could tell
                 headers.append((b"connection", b"close"))
             # Held back until the first piece of the body, as ASGI asks for, so that both leave in one packet.
             self._hold(h11.Response(status_code=event.status_code, headers=headers))

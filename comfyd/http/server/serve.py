@@ -1,6 +1,7 @@
 """Accepting connections, and ending them all."""
 
 import errno
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,13 @@ import trio
 from hypercorn.config import Config
 from hypercorn.typing import ASGIFramework
 
+from comfyd.host.socket_activation import InheritedSocket
+from comfyd.http.server.certificate import Certificate
 from comfyd.http.server.config import HttpServerConfig
 from comfyd.http.server.connection import Connection, Service
 from comfyd.http.server.lifespan import open_lifespan
-from comfyd.http.server.sockets import base_url, open_listeners
+from comfyd.http.server.sockets import adopt_listeners, base_url, open_listeners
+from comfyd.http.server.tls import Handshakes
 
 if TYPE_CHECKING:
     from quart import Quart
@@ -33,6 +37,7 @@ async def serve_http(
     config: HttpServerConfig,
     stop: trio.Event,
     *,
+    inherited: Sequence[InheritedSocket] = (),
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve *app* until *stop* is set, then finish what was asked for ``config.stop_grace_s`` and close the rest.
@@ -44,13 +49,21 @@ async def serve_http(
     Bodies over ``config.max_body_bytes`` get 413 here, unless the app says by an attribute ``bounds_bodies = True``
     that it does so itself, as :class:`HardenedQuart` does; a dispatcher in front of one should say the same.
 
+    Args:
+        app: what answers.
+        config: where to listen, with or without TLS, and what a client may cost.
+        stop: ends it.
+        inherited: sockets to listen on in place of ``config.host`` and ``config.port``; closed at the end.
+        task_status: gets the base URL.
+
     Raises:
-        StartupFailed: the address cannot be had, or the app's lifespan did not start.
+        StartupFailed: the address cannot be had, the certificate is no good, or the app's lifespan did not start.
     """
     async with AsyncExitStack() as stack:
-        listeners = await open_listeners(config)
+        listeners = adopt_listeners(inherited, config) if inherited else await open_listeners(config)
         for listener in listeners:
             stack.callback(listener.socket.close)
+        certificate = await Certificate.load(config.tls) if config.tls is not None else None
         state = await stack.enter_async_context(open_lifespan(app, config))
         service = Service(
             app=app,
@@ -58,6 +71,8 @@ async def serve_http(
             hypercorn=_hypercorn_config(config),
             state=state,
             app_bounds_bodies=bool(getattr(app, "bounds_bodies", False)),
+            certificate=certificate,
+            handshakes=Handshakes(config.max_handshakes),
         )
         connections = Connections(service)
         async with trio.open_nursery() as nursery:
@@ -65,10 +80,12 @@ async def serve_http(
                 at_exit.callback(connections.cut)  # also when cancelled: it ends even waits that are shielded
                 with trio.CancelScope() as accepting:
                     async with trio.open_nursery() as accept_nursery:
+                        if certificate is not None:
+                            accept_nursery.start_soon(certificate.keep_current, config.tls_check_interval_s)
                         for listener in listeners:
                             accept_nursery.start_soon(connections.accept, listener, nursery)
-                        url = base_url(config, listeners[0])
-                        log.info("http.serving", url=url, host=config.host)
+                        url = base_url(config, listeners[0], adopted=bool(inherited))
+                        log.info("http.serving", url=url, host=None if inherited else config.host)
                         task_status.started(url)
                         await stop.wait()
                         accepting.cancel("stop")

@@ -1,13 +1,17 @@
 """Listening sockets with the options that keep dead clients from staying."""
 
 import errno
+import os
 import socket
+from collections.abc import Sequence
 from contextlib import ExitStack
+from urllib.parse import quote
 
 import structlog
 import trio
 
 from comfyd.errors import StartupFailed
+from comfyd.host.socket_activation import InheritedSocket
 from comfyd.http.server.config import HttpServerConfig
 
 log = structlog.get_logger("comfyd.http")
@@ -42,16 +46,30 @@ async def open_listeners(config: HttpServerConfig) -> list[trio.SocketListener]:
         return listeners
 
 
-def base_url(config: HttpServerConfig, listener: trio.SocketListener) -> str:
-    """The URL under which this machine reaches *listener*, with the real port."""
-    port: int = listener.socket.getsockname()[1]
-    if config.host in {"::", ""}:
-        host = "::1" if listener.socket.family == socket.AF_INET6 else "127.0.0.1"
-    elif config.host == "0.0.0.0":  # noqa: S104 -- compared, not bound
-        host = "127.0.0.1"
-    else:
-        host = config.host
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def adopt_listeners(inherited: Sequence[InheritedSocket], config: HttpServerConfig) -> list[trio.SocketListener]:
+    """Listen on sockets that systemd opened, instead of ``config.host``; the caller closes them.
+
+    TCP ones get the options of our own. They need not be bound to ``config.port``.
+    """
+    for each in inherited:
+        if each.is_tcp:
+            _set_tcp_options(each.socket, config)
+    return [trio.SocketListener(trio.socket.from_stdlib_socket(each.socket)) for each in inherited]
+
+
+def base_url(config: HttpServerConfig, listener: trio.SocketListener, *, adopted: bool = False) -> str:
+    """The URL under which this machine reaches *listener*, with the real port.
+
+    One that was *adopted* listens where systemd bound it, whatever ``config.host`` says. A Unix socket has no URL that
+    everybody knows; ``http+unix`` is what the libraries for it understand.
+    """
+    if listener.socket.family == socket.AF_UNIX:
+        return f"http+unix://{quote(os.fsdecode(listener.socket.getsockname()), safe='')}"
+    address, port = listener.socket.getsockname()[:2]
+    loopback = {"::": "::1", "0.0.0.0": "127.0.0.1"}.get(address)  # noqa: S104 -- compared, not bound
+    host = loopback or (address if adopted else config.host)
+    scheme = "http" if config.tls is None else "https"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 async def _addresses(config: HttpServerConfig) -> list[tuple[socket.AddressFamily, str]]:
@@ -88,13 +106,18 @@ def _listening_socket(family: socket.AddressFamily, address: str, port: int, con
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # restart without waiting for TIME_WAIT
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address == "::" else 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # we write whole pieces; Nagle only delays them
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(config.user_timeout_s * 1000))
+        _set_tcp_options(sock, config)
         sock.bind((address, port))
         sock.listen(config.backlog)
         undo.pop_all()
         return sock
+
+
+def _set_tcp_options(sock: socket.socket, config: HttpServerConfig) -> None:
+    """Linux hands them on to the connections that are accepted."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # we write whole pieces; Nagle only delays them
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(config.user_timeout_s * 1000))

@@ -1,11 +1,14 @@
 """The bytes of one connection: every wait has an end, and a cut ends all of them at once."""
 
 import select
+import ssl
 from collections import deque
 from math import inf
 
 import structlog
 import trio
+
+from comfyd.http.server.tls import HandshakeFailed, TlsLayer
 
 log = structlog.get_logger("comfyd.http")
 
@@ -25,6 +28,8 @@ class Transport:
     Bytes leave in the order in which they were queued, whoever writes them. A writer may be cancelled at any moment:
     what it could not write stays queued for the next one, so that no message is ever cut in two. Trio's ``send_all``
     cannot promise that, which is why Hypercorn shields it, and so hangs on a client that stopped reading.
+
+    After :meth:`secure` what is read is decrypted and what is written encrypted, PIECE_BYTES at a time.
     """
 
     def __init__(self, stream: trio.SocketStream, send_timeout_s: float) -> None:
@@ -33,8 +38,36 @@ class Transport:
         self._send_timeout_s = send_timeout_s
         self._writing = trio.Lock()
         self._unsent: deque[bytes | memoryview] = deque()
+        self._tls: TlsLayer | None = None
+        self._sealed: bytes | memoryview = b""  # what was encrypted and is not written yet; it goes before _unsent
         self._reading: trio.CancelScope | None = None
         self._woken = False
+
+    @property
+    def secured(self) -> bool:
+        """Whether TLS is spoken."""
+        return self._tls is not None
+
+    async def secure(self, tls: TlsLayer, deadline: float) -> None:
+        """Do the handshake. To be called before anything is read or written.
+
+        Raises:
+            HandshakeFailed: it failed, or the client left.
+            trio.TooSlowError: it was not done by *deadline*.
+        """
+        done = False
+        with trio.fail_at(deadline):
+            while not done:
+                try:
+                    data = await self.stream.socket.recv(RECEIVE_BYTES)
+                except (OSError, trio.ClosedResourceError):  # reset by the client, or cut by us
+                    data = b""
+                if not data:
+                    raise HandshakeFailed("the connection was closed")
+                done = tls.shake_hands(data)
+                self.hold(tls.take())
+                await self.flush()
+        self._tls = tls
 
     def hold(self, *pieces: bytes) -> None:
         """Queue *pieces* for the next flush.
@@ -49,7 +82,7 @@ class Transport:
 
     async def flush(self) -> None:
         """Write what is queued; always a checkpoint. Nothing is raised if the client left: see ``gone``."""
-        if self.gone or not self._unsent:
+        if self.gone or not self.unsent:
             self._unsent.clear()
             await trio.lowlevel.checkpoint()
             return
@@ -58,15 +91,18 @@ class Transport:
         except trio.WouldBlock:
             await self._writing.acquire()
         try:
-            while self._unsent and not self.gone:
+            while (self._unsent or self._sealed) and not self.gone:
                 await self._write_some()
         finally:
             self._writing.release()
 
     async def _write_some(self) -> None:
         """One write of the first piece; a piece leaves the queue as far as it was written."""
-        self._join_small_pieces()
-        view = memoryview(self._unsent[0])
+        if not self._sealed:
+            self._join_small_pieces()
+            if self._tls is not None and not self._seal(self._tls):
+                return
+        view = memoryview(self._sealed or self._unsent[0])
         sent = 0
         with trio.CancelScope(deadline=trio.current_time() + self._send_timeout_s) as patience:
             try:
@@ -76,10 +112,26 @@ class Transport:
         if patience.cancelled_caught:
             log.info("http.client_stalled", waited_s=self._send_timeout_s)
             self.cut()
-        elif sent and not self.gone:
+        elif not sent or self.gone:
+            return
+        elif self._sealed:
+            self._sealed = view[sent:]
+        else:
             self._unsent.popleft()
             if sent < len(view):
                 self._unsent.appendleft(view[sent:])
+
+    def _seal(self, tls: TlsLayer) -> bool:
+        """Encrypt the next PIECE_BYTES; False if the client has broken TLS. Nothing can come between: nothing waits."""
+        piece = memoryview(self._unsent.popleft())
+        if len(piece) > PIECE_BYTES:
+            self._unsent.appendleft(piece[PIECE_BYTES:])
+        try:
+            self._sealed = tls.seal(piece[:PIECE_BYTES])
+        except ssl.SSLError:  # its fault was logged when it was read
+            self.cut()
+            return False
+        return True
 
     def _join_small_pieces(self) -> None:
         """Put a header and a short body together, so that they leave in one packet."""
@@ -94,10 +146,12 @@ class Transport:
     @property
     def unsent(self) -> bool:
         """Whether a flush would write something."""
-        return bool(self._unsent)
+        return bool(self._unsent or self._sealed)
 
     def readable(self) -> bool:
-        """Whether the kernel holds bytes (or the end) that were not received yet."""
+        """Whether the kernel, or TLS, holds bytes (or the end) that were not received yet."""
+        if self._tls is not None and self._tls.holds_bytes:
+            return True
         poll = select.poll()
         poll.register(self.stream.socket.fileno(), select.POLLIN)
         return bool(poll.poll(0))
@@ -124,7 +178,7 @@ class Transport:
             with trio.CancelScope(deadline=deadline) as self._reading:
                 try:
                     if read:
-                        data = await self.stream.socket.recv(RECEIVE_BYTES)
+                        data = await self._receive_some()
                     else:
                         await trio.sleep_forever()
                 except (OSError, trio.ClosedResourceError):
@@ -135,6 +189,15 @@ class Transport:
                 raise trio.TooSlowError
         self._woken = False
         return data
+
+    async def _receive_some(self) -> bytes:
+        if self._tls is None:
+            return await self.stream.socket.recv(RECEIVE_BYTES)
+        plain = self._tls.open(b"") if self._tls.ready else None
+        while plain is None:
+            data = await self.stream.socket.recv(RECEIVE_BYTES)
+            plain = self._tls.open(data) if data else b""
+        return plain
 
     def wake(self) -> None:
         """End the wait of the reader, or its next one, without losing bytes."""
@@ -153,6 +216,7 @@ class Transport:
         To close with unread bytes would reset the connection, and a reset makes the client's kernel throw away an
         answer that was not read yet (RFC 9112, section 9.6).
         """
+        await self.say_farewell(linger_s)
         try:
             await self.stream.send_eof()
             with trio.move_on_after(linger_s):
@@ -161,10 +225,21 @@ class Transport:
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
             return  # nobody is left to be polite to, or a stalled writer keeps the socket: it will be closed anyway
 
+    async def say_farewell(self, patience_s: float) -> None:
+        """Tell a TLS client that all was said: without it, one that reads to the close takes it for an attack."""
+        if self._tls is None:
+            return
+        with trio.move_on_after(patience_s):
+            await self.flush()
+            if not self.unsent and not self.gone:
+                self._sealed = self._tls.farewell()
+                await self.flush()
+
     def cut(self) -> None:
         """Close the socket now and wake everyone who waits on it. Does not wait; may be called twice."""
         self.gone = True
         self._unsent.clear()
+        self._sealed = b""
         self.stream.socket.close()
         self.wake()
 

@@ -1,0 +1,64 @@
+"""Forgets ended jobs and what is kept of them, by age and by size."""
+
+import time
+from collections.abc import Sequence
+from typing import Final, NoReturn
+
+import attrs
+import structlog
+import trio
+
+from comfyd.config import JobsConfig
+from comfyd.journal import Journal, JournalUnavailable
+from comfyd.media.kept import KeptOutputs
+
+log = structlog.get_logger("comfyd.jobs")
+
+_EVERY_S: Final = 60.0
+_MAX_JOBS: Final = 100_000
+"""Ended jobs that are remembered at most, whatever their age: some kilobytes of disk each."""
+_REMOVING: Final = trio.CapacityLimiter(1)
+
+
+@attrs.define(eq=False)
+class Retention:
+    """Removes what nobody needs any more. The same thread removes what callers have deleted."""
+
+    config: JobsConfig
+    journal: Journal
+    kept: KeptOutputs
+    _removed: list[str] = attrs.field(factory=list)
+    _woken: trio.Event = attrs.field(factory=trio.Event)
+
+    def remove(self, keys: Sequence[str]) -> None:
+        """Remove the kept outputs of these jobs soon; their rows are gone already."""
+        self._removed.extend(keys)
+        self._woken.set()
+
+    async def serve(self) -> NoReturn:
+        """Look every minute, until cancelled. What a killed daemon left behind of forgotten jobs goes first."""
+        swept = await trio.to_thread.run_sync(self.kept.sweep, await self.journal.known_keys(), limiter=_REMOVING)
+        if swept:
+            log.info("retention.swept", folders=swept)
+        while True:
+            try:
+                await self._forget_expired()
+            except JournalUnavailable as exc:
+                log.warning("retention.not_possible", reason=str(exc))
+            with trio.move_on_after(_EVERY_S):
+                while True:
+                    await self._woken.wait()
+                    self._woken = trio.Event()
+                    keys, self._removed = self._removed, []
+                    await trio.to_thread.run_sync(self.kept.remove, keys, limiter=_REMOVING)
+
+    async def _forget_expired(self) -> None:
+        while gone := await self.journal.forget_expired(
+            now=time.time(),
+            jobs_s=self.config.retention_s,
+            dead_s=self.config.dead_letter_retention_s,
+            max_kept_bytes=self.config.retention_bytes,
+            max_jobs=_MAX_JOBS,
+        ):
+            log.info("retention.forgotten", jobs=len(gone))
+            await trio.to_thread.run_sync(self.kept.remove, [key for _, key in gone], limiter=_REMOVING)
