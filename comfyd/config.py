@@ -26,6 +26,7 @@ from comfyd.host.command import (
     given_command,
 )
 from comfyd.host.environment import child_environment, shown
+from comfyd.host.salad import SaladConfig, salad_metadata
 from comfyd.net.policy import UrlPolicy
 from comfyd.storage.s3_config import S3Config
 from comfyd.variables import MEBIBYTE, SYSTEM_META_PREFIX, VARIABLES
@@ -211,6 +212,8 @@ class Config:
     webhooks: WebhooksConfig
     workflows: WorkflowsConfig
     log: LogConfig
+    salad: SaladConfig | None
+    """What SaladCloud's machine service is told; None on other machines."""
     state_dir: Path | None
     embedded: bool = False
     warnings: tuple[str, ...] = ()
@@ -235,6 +238,7 @@ def load_config(environ: Mapping[str, str], *, embedded: bool = False, root: Pat
     s3 = _read_s3(reading)
     if environ.get("API_KEYS"):  # who sets it believes that the routes are closed
         reading.faults.append("API_KEYS: is not allowed yet; this version has no access control, leave it unset")
+    salad = _read_salad(reading)
     reading.settle("URL_ALLOW", ())
     if reading.faults or engine is None:
         raise BadConfiguration(tuple(reading.faults))
@@ -250,9 +254,10 @@ def load_config(environ: Mapping[str, str], *, embedded: bool = False, root: Pat
         media=MediaConfig(**reading.group("media")),
         urls=UrlPolicy(mode=reading.values["URL_POLICY"], allow=reading.settle("URL_ALLOW", ())),
         s3=s3,
-        webhooks=_webhooks(reading, metadata),
+        webhooks=_webhooks(reading, {**metadata, **salad_metadata(environ)}),
         workflows=WorkflowsConfig(**reading.group("workflows"), folder_is_given=reading.given("WORKFLOW_DIR")),
         log=LogConfig(**reading.group("log")),
+        salad=salad,
         state_dir=state_dir,
         embedded=embedded,
         warnings=(*reading.warnings, *_likely_typos(environ)),
@@ -490,6 +495,14 @@ def _read_s3(reading: _Reading) -> S3Config:
     except BadConfiguration as exc:
         reading.faults.extend(exc.faults)
         return S3Config()
+
+
+def _read_salad(reading: _Reading) -> SaladConfig | None:
+    try:
+        return SaladConfig.from_environment(reading.environ)
+    except BadConfiguration as exc:
+        reading.faults.extend(exc.faults)
+        return None
 
 
 def _read_state_dir(reading: _Reading) -> Path | None:

@@ -30,6 +30,7 @@ from comfyd.errors import EngineError, Failure, FailureKind, StartupFailed
 from comfyd.host.environment import child_environment
 from comfyd.host.notify import Notifier, read_notify, serve_notify
 from comfyd.host.reaper import serve_reaper, stop_signals
+from comfyd.host.salad import serve_deletion_cost
 from comfyd.host.socket_activation import InheritedSocket
 from comfyd.journal import Journal, Traces, serve_journal
 
@@ -118,6 +119,8 @@ async def run_tree(
                 async with trio.open_nursery() as jobs:
                     service: JobService = await jobs.start(services.serving_jobs(engine, outbox, events))
                     jobs.start_soon(services.serve_retention)
+                    if services.serve_deletion_cost is not None:
+                        await jobs.start(services.serve_deletion_cost, lambda: service.depth, service.wait_changed)
                     workflows: Workflows = await jobs.start(services.serve_workflows)
                     status = partial(status_line, engine, service)
                     alive = partial(is_alive, engine, shutdown)
@@ -150,6 +153,7 @@ class _Services:
     serve_system_events: Callable[..., Awaitable[None]] | None
     serving_jobs: Callable[[Engine, "Outbox", "SystemEvents | None"], Callable[..., Awaitable[None]]]
     serve_retention: Callable[[], Awaitable[Any]]
+    serve_deletion_cost: Callable[..., Awaitable[NoReturn]] | None
     serve_workflows: Callable[..., Awaitable[None]]
     make_app: Callable[[Engine, "JobService", "Workflows"], Any]
     serve_http: Callable[..., Awaitable[None]]
@@ -226,6 +230,7 @@ def _load_services(config: Config, journal: Journal) -> _Services:
         serve_system_events=partial(serve_system_events, system_events) if wants_events else None,
         serving_jobs=serving_jobs,
         serve_retention=retention.serve,
+        serve_deletion_cost=None if config.salad is None else partial(serve_deletion_cost, config.salad),
         serve_workflows=partial(serve_workflows, config.workflows.folder, required=config.workflows.folder_is_given),
         make_app=make_app,
         serve_http=partial(serve_http, config=http_config),

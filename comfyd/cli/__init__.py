@@ -13,6 +13,9 @@ from comfyd import __version__
 _COMMANDS: Final = {
     "run": "run the daemon (the default)",
     "demo": "run a real prompt end to end on the built-in engine",
+    "config": "show the effective configuration, or check it",
+    "doctor": "look at everything that comfyd needs, and say what to do about it",
+    "healthcheck": "ask the daemon on this machine whether it is healthy",
     "webhooks": "list, replay or drop webhooks that were not taken",
 }
 """Each has a module of its name, with ``add_parser(subparsers)`` and ``<name>_command(options) -> exit code``."""

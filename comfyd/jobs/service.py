@@ -106,6 +106,7 @@ class JobService:
             self.deadlines.add(job)
         self._known[job_id] = job
         self._waiting += 1
+        self._notify()
         log.info("job.accepted", job_id=job.id, nodes=len(job.graph), inputs=len(found), waiting=self._waiting)
         if request.detached:
             self.ledger.accept(job, encode_json({}) if body is None else body, partial(self._journalled, job, found))
@@ -249,6 +250,10 @@ class JobService:
     def begin_drain(self) -> None:
         """Take no more jobs."""
         self.draining = True
+
+    async def wait_changed(self) -> None:
+        """Wait until a job came or went."""
+        await self._changed.wait()
 
     async def wait_drained(self) -> None:
         """Wait until every job has ended and been delivered."""
