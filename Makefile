@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-all check format bench lock clean
+.PHONY: help demo test test-all check format bench binary lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -44,9 +44,23 @@ test-all:  ## the tests on each supported Python that this machine has
 bench: $(VENV)/.dev  ## speed and memory, as ratios against a raw client
 	$(BIN)/python -m benchmarks
 
+# In a virtual environment of its own, or what developers install would be found and gathered too.
+BINARY := build/binary
+binary: $(BINARY)/.packages  ## build dist/comfyd: one file that needs no Python (needs a C compiler and binutils)
+	PYTHONHASHSEED=0 $(BINARY)/venv/bin/python -m PyInstaller --noconfirm --log-level ERROR --distpath $(BINARY) --workpath $(BINARY)/work packaging/comfyd.spec
+	$(BINARY)/venv/bin/python packaging/pack.py $(BINARY)/comfyd dist/comfyd
+
+$(BINARY)/.packages: requirements/build.txt requirements/runtime.txt packaging/requirements.txt
+	$(PYTHON) -m venv --clear $(BINARY)/venv
+	$(BINARY)/venv/bin/python -m pip install --quiet --require-hashes -r requirements/build.txt
+	$(BINARY)/venv/bin/python -m pip install --quiet --require-hashes --no-build-isolation -r requirements/runtime.txt
+	$(BINARY)/venv/bin/python -m pip install --quiet --require-hashes -r packaging/requirements.txt
+	@touch $@
+
 lock: pyproject.toml  ## write requirements/*.txt anew from pyproject.toml (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml -o requirements/runtime.txt
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --group dev pyproject.toml -o requirements/dev.txt
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -c requirements/build.txt packaging/requirements.in -o packaging/requirements.txt
 	printf 'hatchling==1.33.0\neditables==0.6\nsetuptools==80.9.0\nwheel==0.45.1\npkgconfig==1.5.5\n%s\n' "$$(grep -o '^cffi==[0-9.]*' requirements/runtime.txt)" | uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate - -o requirements/build.txt
 
 clean:  ## remove what the set-up made

@@ -51,16 +51,26 @@ __all__ = [
     "variables_table",
 ]
 
+_SHORT_KEY: Final = 16
 _MAX_WARMUP_BYTES: Final = 100 * MEBIBYTE  # what a request body may have; a larger file is not a prompt
 
 
 @attrs.frozen(kw_only=True)
 class HttpConfig:
-    """Where comfyd listens. Port 0 is any free port."""
+    """Where comfyd listens, and whom it answers. Port 0 is any free port.
+
+    Without *api_keys* every route is open. With *metrics_port* the metrics are there, and not on *port*. The two TLS
+    files come together or not at all.
+    """
 
     host: str = "::"
     port: int = 3000
     max_body_bytes: int = 100 * MEBIBYTE
+    api_keys: tuple[str, ...] = attrs.field(default=(), repr=False)
+    cors_origins: tuple[str, ...] = ()
+    tls_cert_file: Path | None = None
+    tls_key_file: Path | None = None
+    metrics_port: int | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -236,8 +246,7 @@ def load_config(environ: Mapping[str, str], *, embedded: bool = False, root: Pat
     warmup_prompt = _read_warmup(reading)
     reading.settle("LOG_FORMAT", "text" if _stderr_is_terminal() else "json")
     s3 = _read_s3(reading)
-    if environ.get("API_KEYS"):  # who sets it believes that the routes are closed
-        reading.faults.append("API_KEYS: is not allowed yet; this version has no access control, leave it unset")
+    http = _read_http(reading)
     salad = _read_salad(reading)
     reading.settle("URL_ALLOW", ())
     if reading.faults or engine is None:
@@ -248,7 +257,7 @@ def load_config(environ: Mapping[str, str], *, embedded: bool = False, root: Pat
         if name.startswith(SYSTEM_META_PREFIX) and value
     }
     return Config(
-        http=HttpConfig(**reading.group("http")),
+        http=http,
         engine=engine,
         jobs=JobsConfig(**reading.group("jobs"), warmup_prompt=warmup_prompt),
         media=MediaConfig(**reading.group("media")),
@@ -495,6 +504,19 @@ def _read_s3(reading: _Reading) -> S3Config:
     except BadConfiguration as exc:
         reading.faults.extend(exc.faults)
         return S3Config()
+
+
+def _read_http(reading: _Reading) -> HttpConfig:
+    values = reading.group("http")
+    for one, other in (("TLS_CERT_FILE", "TLS_KEY_FILE"), ("TLS_KEY_FILE", "TLS_CERT_FILE")):
+        if reading.given(one) and not reading.given(other):
+            reading.faults.append(f"{other}: is not set, and {one} is; both, or neither")
+    if values["metrics_port"] and values["metrics_port"] == values["port"]:
+        reading.fault("METRICS_PORT", str(values["metrics_port"]), "another port than PORT, or leave it unset")
+    short = sum(1 for key in values["api_keys"] or () if len(key) < _SHORT_KEY)
+    if short:
+        reading.warnings.append(f"{short} of API_KEYS have under {_SHORT_KEY} characters: they can be guessed")
+    return HttpConfig(**{**values, "api_keys": values["api_keys"] or (), "cors_origins": values["cors_origins"] or ()})
 
 
 def _read_salad(reading: _Reading) -> SaladConfig | None:

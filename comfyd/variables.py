@@ -222,6 +222,29 @@ STATE_FOLDER: Final = Kind(
     show=lambda value: "" if value is None else str(value),
 )
 
+
+def _parse_keys(text: str) -> tuple[str, ...]:
+    keys = tuple(key.strip() for key in text.split(","))
+    if not all(keys) or not all(key.isascii() and key.isprintable() and " " not in key for key in keys):
+        raise ValueError
+    return keys
+
+
+def _parse_origins(text: str) -> tuple[str, ...]:
+    from comfyd.http.cors import parse_origin  # only who sets it needs it
+
+    return tuple(dict.fromkeys(parse_origin(origin) for origin in text.split(",") if origin.strip()))
+
+
+KEYS: Final = Kind(
+    allowed="a comma separated list of keys, each of visible ASCII characters without spaces",
+    parse=_parse_keys,
+    show=lambda value: "set" if value else "",  # and masked, as the name says that it is a secret
+)
+ORIGINS: Final = Kind(
+    allowed="a comma separated list of origins such as https://app.example.com, or *", parse=_parse_origins, show=_comma
+)
+
 _BELOW_HOME: Final = "COMFY_HOME/{}; below the state folder with --embedded"
 
 VARIABLES: Final[tuple[Variable, ...]] = (
@@ -245,6 +268,41 @@ VARIABLES: Final[tuple[Variable, ...]] = (
         target="http.max_body_bytes",
         default="100",
         meaning="largest request body, in MiB",
+    ),
+    Variable(
+        name="API_KEYS",
+        kind=KEYS,
+        target="http.api_keys",
+        default_note="(none: every route is open)",
+        meaning="keys, one of which every route but the probes and the metrics wants",
+    ),
+    Variable(
+        name="CORS_ORIGINS",
+        kind=ORIGINS,
+        target="http.cors_origins",
+        default_note="(none: no other origin's pages)",
+        meaning="origins whose pages may call comfyd from a browser",
+    ),
+    Variable(
+        name="TLS_CERT_FILE",
+        kind=FILE,
+        target="http.tls_cert_file",
+        default_note="(none: plain HTTP)",
+        meaning="certificate chain (PEM): comfyd speaks HTTPS then; with TLS_KEY_FILE",
+    ),
+    Variable(
+        name="TLS_KEY_FILE",
+        kind=FILE,
+        target="http.tls_key_file",
+        default_note="(none)",
+        meaning="the certificate's key (PEM, not encrypted)",
+    ),
+    Variable(
+        name="METRICS_PORT",
+        kind=PORT,
+        target="http.metrics_port",
+        default_note="(none: on PORT)",
+        meaning="port of its own for /metrics, with the probes, in plain HTTP; 0 is any free one",
     ),
     Variable(
         name="CMD",

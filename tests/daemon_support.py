@@ -307,11 +307,12 @@ def start_daemon(
 
 
 @contextmanager
-def running_daemon(folder: Path, **options: Any) -> Iterator[Daemon]:
-    """Start a daemon, wait until it is ready, and at the end stop it and see that nothing is left. Blocking."""
+def running_daemon(folder: Path, *, ready: bool = True, **options: Any) -> Iterator[Daemon]:
+    """Start a daemon, wait until it is *ready*, and at the end stop it and see that nothing is left. Blocking."""
     daemon = start_daemon(folder, **options)
     try:
-        daemon.wait_ready()
+        if ready:
+            daemon.wait_ready()
         yield daemon
         assert daemon.stop() == 0, str(daemon.log)
         daemon.assert_nothing_left()

@@ -16,8 +16,11 @@ from jobs_kit import TIMES, event, make_service, request
 from comfyd.cli.sse import EventParser
 from comfyd.engine import Completed
 from comfyd.errors import Failure, FailureKind
+from comfyd.host.metrics import Metrics
 from comfyd.http.app import ComfydApp
+from comfyd.http.docs import DocsEndpoint
 from comfyd.http.events import EventStreams
+from comfyd.http.metrics import MetricsEndpoint
 from comfyd.http.server import serve_http
 from comfyd.jobs import Job, JobService, JobState, Success
 from comfyd.jobs.ledger import Recorded
@@ -158,7 +161,14 @@ async def open_api() -> AsyncIterator[Api]:
     service = make_service()
     service.ledger = ledger
     live = LiveSource(engine=service.engines[0])
-    app = ComfydApp(service, Workflows(), live, _MAX_BODY_BYTES)
+    app = ComfydApp(
+        service,
+        Workflows(),
+        live,
+        MetricsEndpoint(Metrics()),
+        DocsEndpoint(workflows=Workflows(), live=live),
+        max_body_bytes=_MAX_BODY_BYTES,
+    )
     stop = trio.Event()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     with trio.fail_after(TOO_LONG_S):

@@ -519,11 +519,36 @@ def test_only_our_own_command_has_its_port_filled_in() -> None:
     assert attrs.evolve(theirs, argv_is_ours=True).command(1) == ("x", "1")
 
 
-def test_what_would_seem_to_protect_is_refused(load: Callable[..., Config]) -> None:
+def test_keys_are_read_and_never_shown(load: Callable[..., Config]) -> None:
+    config = load(API_KEYS="first-key-of-16-characters, short")
+    assert config.http.api_keys == ("first-key-of-16-characters", "short")
+    assert "first-key" not in repr(config)
+    assert "first-key" not in repr(describe(config))
+    assert [warning for warning in config.warnings if "API_KEYS" in warning]
+
+
+@pytest.mark.parametrize("text", ["a,,b", "with space", "umlaut-ä", ","])
+def test_a_list_of_keys_that_makes_no_sense_is_refused_without_showing_it(
+    load: Callable[..., Config], text: str
+) -> None:
     with pytest.raises(BadConfiguration) as refused:
-        load(API_KEYS="secret-key")
+        load(API_KEYS=text)
     assert [fault.split(":")[0] for fault in refused.value.faults] == ["API_KEYS"]
-    assert "secret-key" not in str(refused.value)
+    assert text not in str(refused.value) or text == ","
+
+
+def test_a_certificate_needs_its_key_and_the_metrics_another_port(load: Callable[..., Config], tmp_path: Path) -> None:
+    pem = tmp_path / "x.pem"
+    pem.touch()
+    with pytest.raises(BadConfiguration) as refused:
+        load(TLS_CERT_FILE=str(pem), METRICS_PORT="3000", CORS_ORIGINS="example.com")
+    assert sorted(fault.split(":")[0] for fault in refused.value.faults) == [
+        "CORS_ORIGINS",
+        "METRICS_PORT",
+        "TLS_KEY_FILE",
+    ]
+    config = load(TLS_CERT_FILE=str(pem), TLS_KEY_FILE=str(pem), METRICS_PORT="0", CORS_ORIGINS="https://a.test")
+    assert (config.http.tls_cert_file, config.http.metrics_port) == (pem, 0)
 
 
 def test_secrets_of_webhooks_are_decoded_and_never_shown(load: Callable[..., Config]) -> None:

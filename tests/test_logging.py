@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +21,15 @@ import trio
 
 from comfyd.config import LogConfig
 from comfyd.host import logging as comfyd_logging
-from comfyd.host.logging import bind_job, configure_logging, register_secret
+from comfyd.host import redaction
+from comfyd.host.logging import (
+    bind_job,
+    configure_logging,
+    current_job,
+    redacting,
+    register_secret,
+    register_secrets_of,
+)
 
 
 class Pipe:
@@ -61,7 +70,10 @@ def fail(exc: Exception) -> None:
 
 @pytest.fixture
 def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipe]:
-    monkeypatch.setattr(comfyd_logging, "_secrets", ())
+    monkeypatch.setattr(redaction, "_kept", set())
+    monkeypatch.setattr(redaction, "_lent", Counter())
+    monkeypatch.setattr(redaction, "_lingering", deque())
+    monkeypatch.setattr(redaction, "_masked", ())
     root = logging.getLogger()
     level = root.level
     pipe = Pipe()
@@ -279,7 +291,7 @@ def test_a_registered_secret_is_masked_wherever_it_is(pipe: Pipe, configure: Cal
     logging.getLogger("somebody").info("password is %s", "hunter2")
     text = pipe.text()
     assert text.count("\n") == 3
-    assert "hunter2" not in text.replace('"hunter2":', "")  # a key of a caller's mapping, see below
+    assert "hunter2" not in text
     assert "x ******** y" in text
     assert "I know ********" in text
 
@@ -305,6 +317,137 @@ def test_a_very_short_secret_is_not_taken_as_it_would_mask_everything(
     register_secret("")
     configure().info("event")
     assert pipe.line()["event"] == "event"
+
+
+# Every secret that the daemon can hold, by the variable that gives it, with each form in which it may turn up.
+SIGNING = "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+OTHER_SIGNING = "aXQgaXMgYW5vdGhlciBzaWduaW5nIGtleQ=="
+PRIVATE_KEY = "-----BEGIN KEY-----\nQUFBQUFBQUFBQUFBQUFBQUFB\nQkJCQkJCQkJCQkJCQkJCQkJC\n-----END KEY-----"
+SECRETS_OF_THE_DAEMON = [
+    ("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE", ["AKIAIOSFODNN7EXAMPLE"]),
+    (
+        "AWS_SECRET_ACCESS_KEY",
+        "wJalrXUtnFEMI/K7MDENG+bPx",
+        ["wJalrXUtnFEMI/K7MDENG+bPx", "wJalrXUtnFEMI%2FK7MDENG%2BbPx"],
+    ),
+    ("AWS_SESSION_TOKEN", "IQoJb3JpZ2luX2VjEXAMPLE==", ["IQoJb3JpZ2luX2VjEXAMPLE=="]),
+    ("WEBHOOK_SECRET", f"whsec_{SIGNING}", [f"whsec_{SIGNING}", SIGNING]),
+    (
+        "WEBHOOK_SECRET",
+        f"whsec_{SIGNING}, {OTHER_SIGNING}",
+        [SIGNING, f"whsec_{SIGNING}", OTHER_SIGNING, f"{SIGNING} and {OTHER_SIGNING}"],
+    ),
+    ("API_KEYS", "first-api-key,second-api-key", ["first-api-key", "second-api-key"]),
+    ("ANTHROPIC_API_KEY", "sk-ant-api03-abcdef", ["sk-ant-api03-abcdef"]),
+    ("HTTP_AUTH_HEADER_VALUE", "Bearer storage-token", ["Bearer storage-token", "storage-token"]),
+    (
+        "SYSTEM_WEBHOOK_URL",
+        "https://u:correct%20horse@h/x",
+        ["correct horse", "correct%20horse"],
+    ),
+    ("SYSTEM_WEBHOOK_URL", "https://h/x?a=plainly&token=query-token", ["query-token"]),
+    ("HF_TOKEN", "hf_abcdefghijkl", ["hf_abcdefghijkl"]),
+    ("SOME_PASSWORD", 'quoted"pass\\word', ['quoted"pass\\word', json.dumps('quoted"pass\\word')]),
+    ("SOME_PRIVATE_KEY", PRIVATE_KEY, PRIVATE_KEY.splitlines()[1:3]),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "forms"), SECRETS_OF_THE_DAEMON)
+@pytest.mark.parametrize("format", ["json", "text"])
+def test_no_secret_of_the_daemon_s_environment_is_logged_in_any_form(
+    pipe: Pipe,
+    configure: Callable[..., Any],
+    format: str,  # noqa: A002  as above
+    name: str,
+    value: str,
+    forms: list[str],
+) -> None:
+    configure(format=format)
+    log = structlog.get_logger("comfyd.engine.output")  # the test's own name has the secret in it
+    for form in forms:
+        log.info("engine.output", text=f"before {form} after")
+    shown = pipe.text()
+    bare = [line for form in forms for line in form.strip('"').split(" and ")]
+    assert all(json.dumps(form)[1:-1] in shown for form in bare), "the test would see nothing"
+    register_secrets_of({name: value})
+    for form in forms:
+        log.info("engine.output", text=f"before {form} after", nested={"a": [form], form: 1})
+        log.info(form)
+        logging.getLogger("somebody").warning("it is %s", form)
+        try:
+            fail(ValueError(form))
+        except ValueError:
+            log.exception("failed")
+    text = pipe.text()
+    for form in bare:
+        assert form not in text
+        assert json.dumps(form)[1:-1] not in text
+    assert text.count("before") == len(forms)
+
+
+def test_what_is_no_secret_of_a_url_is_shown(pipe: Pipe, configure: Callable[..., Any]) -> None:
+    log = configure()
+    register_secrets_of(
+        {"SYSTEM_WEBHOOK_URL": "https://user:short@receiver.example/path?page=something", "NOT": "a [b://"}
+    )
+    log.info("sent", text="short receiver.example something")
+    assert pipe.line()["text"] == "short receiver.example something"
+
+
+def test_what_a_job_brought_is_masked_while_it_runs_and_a_little_longer(
+    pipe: Pipe, configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = configure()
+    now = 1000.0
+    monkeypatch.setattr("comfyd.host.redaction.time.monotonic", lambda: now)
+    with redacting(["comfyui-partner-key"]), redacting(["comfyui-partner-key", "of-the-second"]):
+        log.info("engine.output", text="key is comfyui-partner-key")
+    log.info("engine.output", text="key is comfyui-partner-key, of-the-second")
+    now += 5
+    with redacting(["of-the-third"]):
+        log.info("engine.output", text="comfyui-partner-key of-the-third")
+    now += 6
+    with redacting(["of-the-fourth"]):
+        log.info("engine.output", text="comfyui-partner-key of-the-third")
+    assert [line["text"] for line in pipe.lines()] == [
+        "key is ********",
+        "key is ********, ********",
+        "******** ********",
+        "comfyui-partner-key ********",
+    ]
+
+
+def test_a_job_s_value_that_is_the_daemon_s_secret_too_stays_masked(
+    pipe: Pipe, configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = configure()
+    now = 1000.0
+    monkeypatch.setattr("comfyd.host.redaction.time.monotonic", lambda: now)
+    register_secret("the-daemon-s-key")
+    for _ in range(2):
+        with redacting(["the-daemon-s-key"]):
+            now += 60
+    with redacting(["something-else"]):
+        log.info("event", text="the-daemon-s-key")
+    assert pipe.line()["text"] == "********"
+
+
+def test_jobs_cannot_make_the_log_slow_or_mask_ordinary_words(pipe: Pipe, configure: Callable[..., Any]) -> None:
+    log = configure()
+    with redacting(["auto", "true", *(f"some-value-{number}" for number in range(10_000))]):
+        assert len(redaction._masked) <= 32
+        log.info("event", text="auto true some-value-3")
+    for number in range(1000):
+        with redacting([f"another-value-{number}"]):
+            pass
+    assert len(redaction._masked) <= 65
+    assert pipe.line()["text"] == "auto true ********"
+
+
+def test_the_job_that_is_bound_can_be_asked_for() -> None:
+    assert current_job() is None
+    with bind_job("job-1", 2):
+        assert current_job() == ("job-1", 2)
 
 
 # -- it never raises

@@ -16,7 +16,9 @@ _COMMANDS: Final = {
     "config": "show the effective configuration, or check it",
     "doctor": "look at everything that comfyd needs, and say what to do about it",
     "healthcheck": "ask the daemon on this machine whether it is healthy",
+    "openapi": "write the OpenAPI document of this configuration",
     "webhooks": "list, replay or drop webhooks that were not taken",
+    "workflow": "write workflow files from graphs, check them, list them",
 }
 """Each has a module of its name, with ``add_parser(subparsers)`` and ``<name>_command(options) -> exit code``."""
 

@@ -12,8 +12,7 @@ import trio
 from comfyd.config import load_config
 from comfyd.daemon import EXIT_GAVE_UP, run_daemon
 from comfyd.errors import BadConfiguration, StartupFailed
-from comfyd.host.environment import secret_values
-from comfyd.host.logging import configure_logging, register_secret
+from comfyd.host.logging import configure_logging, register_secrets_of
 from comfyd.host.socket_activation import take_inherited_sockets
 
 log = structlog.get_logger("comfyd.daemon")
@@ -46,8 +45,7 @@ def run_command(options: argparse.Namespace) -> int:
             sys.stderr.write(f"comfyd: {fault}\n")
         return EXIT_BAD_CONFIGURATION
     configure_logging(config.log)
-    for value in secret_values(environ):
-        register_secret(value)
+    register_secrets_of(environ)
     try:
         return trio.run(run_daemon, config, environ, inherited)
     except Exception as exc:  # the outermost boundary: what is not a start-up failure is a bug

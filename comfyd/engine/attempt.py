@@ -79,6 +79,8 @@ class Attempt:
 
     prompt_id: str
     observe: Callable[[EngineEvent], None]
+    job: tuple[str, int] | None = None
+    """Id and attempt of the job that it is for."""
     ended: bool = False
     graph: Mapping[str, Any] = attrs.field(factory=dict)
     """What was submitted, to name a node's class."""

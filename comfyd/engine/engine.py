@@ -20,6 +20,7 @@ from comfyd.engine.last_words import LastWords, secrets_in
 from comfyd.engine.messages import EngineEvent
 from comfyd.engine.object_info import NodeClasses
 from comfyd.errors import EngineBroken, EngineError, EngineLost, EngineUnavailable
+from comfyd.host.logging import current_job
 
 log = structlog.get_logger("comfyd.engine")
 
@@ -64,6 +65,8 @@ class Engine:
     warm: bool = False
     """Whether its warm-up is done, in this life of the process."""
     was_ever_warm: bool = False
+    pid: int | None = None
+    """Its process, while there is one."""
     processes: int = 0
     """How many processes were started for it."""
     last_failure: str | None = None
@@ -147,6 +150,7 @@ class Engine:
             graph=submission.graph,
             secrets=secrets_in(submission.extra_data),
             began_at=trio.current_time(),
+            job=current_job(),
         )
         self._attempts[attempt.prompt_id] = attempt
         try:
@@ -177,6 +181,11 @@ class Engine:
         """The prompts that are in the engine as far as we know, oldest first."""
         return tuple(self._attempts.values())
 
+    @property
+    def running_job(self) -> tuple[str, int] | None:
+        """Id and attempt of the job that the engine works on, as far as we know."""
+        return next((attempt.job for attempt in self._attempts.values() if attempt.job is not None), None)
+
     # --- what the daemon calls
 
     def let_go(self) -> None:
@@ -185,8 +194,9 @@ class Engine:
 
     # --- what the supervisor calls
 
-    def launched(self, secrets: Iterable[str] = ()) -> None:
+    def launched(self, secrets: Iterable[str] = (), *, pid: int | None = None) -> None:
         """The process has been started, with *secrets* in its environment; it does not answer yet."""
+        self.pid = pid
         self.processes += 1
         self.last_words.begin(secrets)
         self._notify()
@@ -208,6 +218,7 @@ class Engine:
         """The engine failed. Every prompt in it is lost."""
         self._client = None
         self._client_id = None
+        self.pid = None
         self.warm = False
         self.last_failure = reason
         self.last_cause = cause

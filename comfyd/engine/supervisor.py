@@ -18,6 +18,7 @@ from comfyd.engine.engine import Engine
 from comfyd.engine.listener import ListenerTimes, serve_listener
 from comfyd.engine.object_info import NodeClasses
 from comfyd.engine.output import OutputLine
+from comfyd.engine.output_level import OutputLevels
 from comfyd.engine.process import EngineProcess, EngineStuck, ProcessConfig, open_process
 from comfyd.engine.watchdog import WatchdogTimes, WorkerObituary, serve_watchdog, serve_worker_watch
 from comfyd.errors import (
@@ -139,8 +140,10 @@ async def run_engine(engine: Engine, config: SupervisorConfig) -> NoReturn:
     )
     obituary = WorkerObituary()
 
+    levels = OutputLevels()
+
     def hear(line: OutputLine) -> None:
-        _log_line(line)
+        _log_line(line, levels.level(line), engine.running_job)
         engine.last_words.add(line, trio.current_time())
         obituary.hear(line)
 
@@ -151,7 +154,7 @@ async def run_engine(engine: Engine, config: SupervisorConfig) -> NoReturn:
         EngineClient(base_url) as client,
         trio.open_nursery() as nursery,
     ):
-        engine.launched(secret_values(env))
+        engine.launched(secret_values(env), pid=process.pid)
         log.info("engine.started", engine=engine.name, pid=process.pid, port=port)
         # An early death also ends the wait for an answer.
         nursery.start_soon(_raise_when_exited, process, engine, oom_kills)
@@ -233,8 +236,9 @@ async def _sample(pid: int) -> Snapshot:
     return await trio.to_thread.run_sync(read_snapshot, pid, limiter=trio.CapacityLimiter(1))
 
 
-def _log_line(line: OutputLine) -> None:
-    output_log.info("engine.output", stream=line.stream, text=line.text)
+def _log_line(line: OutputLine, level: str, job: tuple[str, int] | None) -> None:
+    fields = {} if job is None else {"job_id": job[0], "attempt": job[1]}
+    getattr(output_log, level)("engine.output", stream=line.stream, text=line.text, **fields)
 
 
 def _free_port(address: str) -> int:

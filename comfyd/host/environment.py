@@ -41,7 +41,7 @@ _ABOUT_OUR_PROCESS: Final = (
 _SHOWN_CHARACTERS: Final = 80
 _URL_SECRETS: Final = re.compile(
     r"(?<=://)[^/\s?#\"']+(?=@)"  # user and password
-    r"|(?<=[?&])(?i:(x-amz-(?:signature|credential|security-token)|sig|signature|(?:access_|api_?)?(?:token|key)"
+    r"|(?<=[?&])(?i:(x-(?:amz|goog)-(?:signature|credential|security-token)|sig|signature|(?:access_|api_?)?(?:token|key)"
     r"|password|secret)=)[^&\s#\"']+"
 )
 MASK: Final = "********"

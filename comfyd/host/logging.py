@@ -23,12 +23,19 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import structlog
 
-from comfyd.host.environment import MASK, mask_urls
+from comfyd.host.redaction import redact, redacting, register_secret, register_secrets_of
 
 if TYPE_CHECKING:
     from comfyd.config import LogConfig
 
-__all__ = ["bind_job", "configure_logging", "register_secret"]
+__all__ = [
+    "bind_job",
+    "configure_logging",
+    "current_job",
+    "redacting",
+    "register_secret",
+    "register_secrets_of",
+]
 
 _TRACE: Final = 5  # below logging.DEBUG; comfyui-api's lowest level, which neither stdlib nor structlog has
 _LEVELS: Final = {
@@ -60,10 +67,8 @@ _MAX_TRACEBACK: Final = 64 * 1024  # an exception group of a deep tree has many;
 _MAX_DEPTH: Final = 6  # of nested fields; deeper is a payload, and a cycle must end somewhere
 _CHUNK: Final = 4096  # PIPE_BUF: a pipe that polls as writable takes this much without blocking (pipe(7))
 _PATIENCE_S: Final = 0.1  # a reader that takes nothing for so long is stuck; lines are then dropped, not waited for
-_MIN_SECRET: Final = 4  # shorter ones are words of every other line
 
 _job: ContextVar[tuple[str, int] | None] = ContextVar("comfyd_job", default=None)
-_secrets: tuple[str, ...] = ()
 _encode: Final = msgspec.json.Encoder(enc_hook=str, decimal_format="number").encode
 
 
@@ -77,12 +82,9 @@ def bind_job(job_id: str, attempt: int) -> Iterator[None]:
         _job.reset(token)
 
 
-def register_secret(value: str) -> None:
-    """Mask *value* in whatever is logged from now on. Values of less than four characters are not taken."""
-    global _secrets  # noqa: PLW0603  process-wide like the log itself; a tuple, so readers in threads need no lock
-    if len(value) >= _MIN_SECRET and value not in _secrets:
-        # The longest first: one may contain another.
-        _secrets = tuple(sorted((*_secrets, value), key=len, reverse=True))
+def current_job() -> tuple[str, int] | None:
+    """Id and attempt of the job that this task or thread works for; None outside of :func:`bind_job`."""
+    return _job.get()
 
 
 def configure_logging(config: "LogConfig", *, fd: int = 2, colour: bool | None = None) -> None:
@@ -308,12 +310,7 @@ def _now() -> str:
 def _clean(value: Any, *, limit: int = _MAX_TEXT, depth: int = 0) -> Any:
     """Make *value* fit to be logged: plain, bounded, without secrets, and something that UTF-8 can express."""
     if type(value) is str:
-        text = value
-        for secret in _secrets:
-            if secret in text:
-                text = text.replace(secret, MASK)
-        if "://" in text:
-            text = mask_urls(text)
+        text = redact(value)
         if len(text) > limit:
             text = (
                 f"{text[: limit // 4]} ...[{len(text) - limit} characters left out]... {text[-(limit - limit // 4) :]}"
@@ -323,7 +320,7 @@ def _clean(value: Any, *, limit: int = _MAX_TEXT, depth: int = 0) -> Any:
         return value
     if depth < _MAX_DEPTH:
         if isinstance(value, Mapping):
-            return {str(key): _clean(item, depth=depth + 1) for key, item in list(value.items())[:_MAX_ITEMS]}
+            return {_clean(str(key)): _clean(item, depth=depth + 1) for key, item in list(value.items())[:_MAX_ITEMS]}
         if isinstance(value, (list, tuple, set, frozenset)):
             return [_clean(item, depth=depth + 1) for item in list(value)[:_MAX_ITEMS]]
     if isinstance(value, (bytes, bytearray, memoryview)):

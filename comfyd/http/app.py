@@ -12,9 +12,11 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTo
 from comfyd.errors import EngineError, Failure, FailureKind
 from comfyd.http import problems
 from comfyd.http.asgi import Exchange, by_method, guarded
+from comfyd.http.docs import DocsEndpoint, is_docs_path
 from comfyd.http.events import EventStreams
 from comfyd.http.interrupt import interrupt
 from comfyd.http.jobs import JobsEndpoint
+from comfyd.http.metrics import MetricsEndpoint
 from comfyd.http.probes import PROBES, probe
 from comfyd.http.prompt import PromptEndpoint
 from comfyd.http.responses import json_response, problem_response
@@ -33,9 +35,20 @@ _JOBS: Final = "/jobs"
 class ComfydApp(HardenedQuart):
     """Everything that comfyd serves."""
 
-    def __init__(self, service: JobService, workflows: Workflows, live: LiveSource, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        service: JobService,
+        workflows: Workflows,
+        live: LiveSource,
+        metrics: MetricsEndpoint,
+        docs: DocsEndpoint,
+        *,
+        max_body_bytes: int,
+    ) -> None:
         super().__init__("comfyd", max_body_bytes=max_body_bytes)
         self._service = service
+        self._metrics = metrics
+        self._docs = docs
         self._prompt = PromptEndpoint(service, max_body_bytes)
         self._workflows = WorkflowsEndpoint(
             service=service, workflows=workflows, live=live, max_body_bytes=max_body_bytes
@@ -65,6 +78,12 @@ class ComfydApp(HardenedQuart):
                 return
             if path.startswith(PREFIXES) or path in {"/workflow", "/workflows"}:
                 await guarded(send, lambda noted: self._workflows(Exchange(scope, receive, noted)))
+                return
+            if is_docs_path(path):
+                await guarded(send, lambda noted: self._docs(Exchange(scope, receive, noted)))
+                return
+            if path == "/metrics":
+                await guarded(send, lambda noted: self._metrics(Exchange(scope, receive, noted)))
                 return
             if path == "/interrupt":
                 handlers = {"POST": partial(interrupt, self._service)}

@@ -11,6 +11,7 @@ import trio
 
 from comfyd.errors import Failure, InvalidValue, RequestRefused
 from comfyd.host.logging import bind_job
+from comfyd.http.access_log import note_job
 from comfyd.http.answer import FileChanged, send_success
 from comfyd.http.asgi import Exchange, check_json_type, read_body, send_failure, send_whole, until_client_gone
 from comfyd.jobs import Job, JobService, Outcome, Request
@@ -69,6 +70,7 @@ async def submit_and_answer(service: JobService, exchange: Exchange, submission:
     request = submission.request
     graph = request.prompt if request.detached else None
     job = await _submit(service, submission)
+    note_job(job.id)
     if graph is not None:
         await job.wait_accepted()
         accepted = {"id": job.id, "status": "ok", "prompt": graph, **request.accepted_echo}

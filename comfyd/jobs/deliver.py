@@ -40,6 +40,8 @@ class Deliverer:
     store: InputStore
     kept: KeptOutputs
     s3: S3Store
+    on_uploaded: Callable[[int | None], None] | None = None
+    """Hears the size in bytes of each output that was stored, None of one that was not."""
     converter: Converter = attrs.field(factory=Converter)
 
     async def deliver(self, job: Job, outputs: tuple[OutputFile, ...]) -> tuple[OutputFile, ...]:
@@ -84,6 +86,10 @@ class Deliverer:
         names = delivery_names([output.filename for output in outputs], were, conversion.format)
         return tuple(_converted(output, results[place], names[place]) for place, output in enumerate(outputs))
 
+    def _tell_uploaded(self, size_bytes: int | None) -> None:
+        if self.on_uploaded is not None:
+            self.on_uploaded(size_bytes)
+
     async def _upload(self, outputs: tuple[OutputFile, ...], target: S3Target) -> tuple[OutputFile, ...]:
         outputs = _named_apart(outputs)
         urls: dict[int, str] = {}
@@ -93,10 +99,12 @@ class Deliverer:
             there = target.place(output.filename)
             try:
                 await self.s3.upload(output.path, there.bucket, there.key, output.media_type)
+                self._tell_uploaded(output.size_bytes)
                 urls[place] = there.url
                 if target.presign_s is not None:
                     urls[place] = await self.s3.presign(there.bucket, there.key, target.presign_s)
             except StorageFailed as exc:
+                self._tell_uploaded(None)
                 log.warning("job.upload_failed", file=output.filename, reason=str(exc))
                 raise DeliveryFailed(_failure(FailureKind.STORAGE_FAILED, str(exc), output)) from exc
             except OSError as exc:

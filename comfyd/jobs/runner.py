@@ -20,8 +20,9 @@ from comfyd.engine import (
     Refused,
     Submission,
 )
+from comfyd.engine.last_words import secrets_in
 from comfyd.errors import EngineError, EngineLost, Failure, FailureKind, Fault, RequestRefused, WarmupFailed
-from comfyd.host.logging import bind_job
+from comfyd.host.logging import bind_job, redacting
 from comfyd.jobs import failures
 from comfyd.jobs.deliver import Deliverer, DeliveryFailed
 from comfyd.jobs.graph import mark_unlike_cached
@@ -122,13 +123,14 @@ class Runner:
         heard = len(job.reported)
         lost: EngineLost | None = None
         execution: Execution | None = None
-        with bind_job(job.id, job.attempts):
+        extra_data = job.request.extra_data or {}
+        with bind_job(job.id, job.attempts), redacting(secrets_in(extra_data)):
             with trio.CancelScope() as job.scope:
                 try:
                     if job.stale_runs > 1:
                         await self.engine.client.free()
                         await trio.sleep(_FREE_SETTLE_S)
-                    submission = Submission(graph=job.graph, extra_data=job.request.extra_data or {})
+                    submission = Submission(graph=job.graph, extra_data=extra_data)
                     execution = await self.engine.execute(submission, partial(self._hear, job))
                     if len(job.reported) - heard < len(execution.outputs):  # some are known from history only
                         job.reported.append(execution.outputs)

@@ -14,6 +14,7 @@ from comfyd.engine import Engine
 from comfyd.errors import StartupFailed
 from comfyd.jobs.deliver import Deliverer
 from comfyd.jobs.ledger import Ledger
+from comfyd.jobs.meters import NOBODY_COUNTS, Meters
 from comfyd.jobs.model import Outcome, Success
 from comfyd.jobs.prepare import Preparer
 from comfyd.jobs.restore import Unfinished, restore_jobs
@@ -53,6 +54,7 @@ async def serve_jobs(
     traces: Traces,
     read_past: Callable[[], Awaitable[Past]],
     publish: Publish | None = None,
+    meters: Meters = NOBODY_COUNTS,
     task_status: trio.TaskStatus[JobService] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Lead jobs along their way until cancelled. ``started()`` gives the service.
@@ -67,14 +69,15 @@ async def serve_jobs(
     past = await read_past()
     if traces.left:
         await _sweep(traces, past.unfinished, ledger, kept, output_dir)
-    service = JobService(config=config, engines=(engine,), ledger=ledger, traces=traces)
+    service = JobService(config=config, engines=(engine,), ledger=ledger, traces=traces, on_ended=meters.job_ended)
     service.continue_after(past.last_sequence)
     with ExitStack() as at_end:
         at_end.callback(store.close)
-        async with open_fetcher(config.media, config.urls, store.root / "spool") as fetcher:
-            resolver = Resolver(store=store, fetcher=fetcher, s3=s3, limits=config.media)
+        spool = store.root / "spool"
+        async with open_fetcher(config.media, config.urls, spool, on_fetched=meters.downloaded) as fetcher:
+            resolver = Resolver(store=store, fetcher=fetcher, s3=s3, limits=config.media, on_fetched=meters.downloaded)
             preparer = Preparer(service=service, store=store, resolver=resolver, kept=kept, output_dir=output_dir)
-            deliverer = Deliverer(store=store, kept=kept, s3=s3)
+            deliverer = Deliverer(store=store, kept=kept, s3=s3, on_uploaded=meters.uploaded)
             runner = Runner(
                 service=service,
                 engine=engine,

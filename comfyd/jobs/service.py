@@ -8,7 +8,7 @@ in a consistent state, so there is no lock.
 
 import heapq
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
@@ -60,6 +60,8 @@ class JobService:
     config: ServiceConfig
     engines: tuple[Engine, ...]
     ledger: Ledger
+    on_ended: Callable[[Job], None] | None = None
+    """Hears of every job of a caller that has its outcome."""
     traces: Traces = attrs.field(factory=lambda: Traces.open(None))
     queue: JobQueue = attrs.field(factory=JobQueue)
     deadlines: Deadlines = attrs.field(factory=Deadlines)
@@ -354,6 +356,8 @@ class JobService:
     def _ended(self, job: Job, state: JobState) -> None:
         outcome = job.outcome = job.decided
         job.move(state)
+        if self.on_ended is not None and not job.internal:
+            self.on_ended(job)
         facts: dict[str, Any] = {"job_id": job.id, "state": state.value, "attempts": job.attempts}
         if isinstance(outcome, Failure):
             log.info("job.ended", **facts, type=outcome.kind.value, detail=outcome.detail)

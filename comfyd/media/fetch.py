@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from http import HTTPStatus
@@ -96,6 +96,7 @@ class _Download:
     ended: trio.Event = attrs.field(factory=trio.Event)
     released: trio.Event = attrs.field(factory=trio.Event)
     ending: str = ""
+    size_bytes: int = 0
     failure: str | None = "was not fetched: comfyd is stopping"
     disk_error: tuple[int, str] | None = None  # one exception cannot be raised in several tasks
 
@@ -107,6 +108,8 @@ class Fetcher:
     policy: UrlPolicy
     limits: FetchLimits
     spool: Path
+    on_fetched: Callable[[str, int | None], None] | None
+    """Hears the URL and the size in bytes of each download, None of one that failed."""
     _client: httpx.AsyncClient
     _nursery: trio.Nursery
     _slots: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(DOWNLOADS_AT_ONCE))
@@ -185,6 +188,9 @@ class Fetcher:
             reason=download.failure,
             took_s=round(time.perf_counter() - began, 3),
         )
+        if self.on_fetched is not None and not download.scope.cancelled_caught:
+            failed = download.failure is not None or download.disk_error is not None
+            self.on_fetched(download.url, None if failed else download.size_bytes)
         await download.released.wait()
         try:
             await trio.to_thread.run_sync(partial(download.path.unlink, missing_ok=True), limiter=self._disk)
@@ -259,6 +265,7 @@ class Fetcher:
                         await trio.to_thread.run_sync(file.write, pieces, limiter=self._disk)
                         pieces, enough = bytearray(), PIECE_BYTES
             await trio.to_thread.run_sync(file.finish, pieces, limiter=self._disk)
+            download.size_bytes = file.written_bytes
         finally:
             file.close()
         assert file.media_type is not None  # noqa: S101  # for mypy: finish() sees to it
@@ -274,6 +281,7 @@ async def open_fetcher(
     spool: Path,
     *,
     resolver: Resolver | None = None,
+    on_fetched: Callable[[str, int | None], None] | None = None,
 ) -> AsyncIterator[Fetcher]:
     """Download inputs until the block is left; downloads that are still under way are then stopped.
 
@@ -287,7 +295,9 @@ async def open_fetcher(
     await trio.to_thread.run_sync(partial(spool.mkdir, parents=True, exist_ok=True))
     try:
         async with open_client(policy, resolver=resolver) as client, trio.open_nursery() as nursery:
-            yield Fetcher(policy=policy, limits=limits, spool=spool, client=client, nursery=nursery)
+            yield Fetcher(
+                policy=policy, limits=limits, spool=spool, on_fetched=on_fetched, client=client, nursery=nursery
+            )
             nursery.cancel_scope.cancel("the fetcher is closed")
     finally:
         with trio.CancelScope(shield=True):  # ends by itself: a few files at most

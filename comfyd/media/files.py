@@ -5,6 +5,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,11 @@ import attrs
 PARENT: Final = "comfyd"
 """Folder below INPUT_DIR that holds the inputs which jobs bring. Loader nodes do not list subfolders, so however many
 jobs there are, ComfyUI's validation stays as fast as it was (0.3.64: 247 ms a graph with 20,000 files listed)."""
+
+_LOCK: Final = ".lock"
+_UNBORN: Final = ".new-"
+_UNBORN_S: Final = 3600.0
+"""A folder that is still being made after so long has no maker any more."""
 
 # What ComfyUI itself replaces in a prefix, each by a number (0.3.64, folder_paths.py, get_save_image_path; nodes.py).
 _TOKEN: Final = re.compile(r"%(?:width|height|year|month|day|hour|minute|second|batch_num)%")
@@ -37,13 +43,9 @@ class InputStore:
         """
         parent = input_dir / PARENT
         parent.mkdir(parents=True, exist_ok=True)
-        for abandoned in parent.iterdir():
-            _remove_if_abandoned(abandoned)
+        remove_abandoned(parent)
         root = parent / uuid.uuid4().hex
-        root.mkdir()
-        lock = (root / ".lock").open("wb")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return cls(root=root, input_dir=input_dir, lock=lock)
+        return cls(root=root, input_dir=input_dir, lock=claim_folder(root))
 
     def new_folder(self, key: str) -> Path:
         """Make a job's folder, if it is not there yet."""
@@ -67,13 +69,40 @@ class InputStore:
             self.root.parent.rmdir()
 
 
-def _remove_if_abandoned(folder: Path) -> None:
-    try:
-        with (folder / ".lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def claim_folder(folder: Path) -> IO[bytes]:
+    """Make *folder*, and hold it as this process's own for as long as the file that is returned is open.
+
+    It comes into being with its lock: one without is nobody's, whatever moment its owner was killed at.
+    """
+    unborn = folder.with_name(f"{_UNBORN}{folder.name}")
+    unborn.mkdir(parents=True)
+    lock = (unborn / _LOCK).open("wb")
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    unborn.rename(folder)
+    return lock
+
+
+def remove_abandoned(parent: Path, prefix: str = "") -> None:
+    """Remove the folders in *parent*, named *prefix* and a key, that no living process holds. Others are not ours."""
+    now = time.time()
+    for folder in parent.iterdir():
+        if folder.name.startswith(f"{_UNBORN}{prefix}"):
+            with contextlib.suppress(OSError):  # gone meanwhile: it was born
+                if now - folder.stat().st_mtime > _UNBORN_S:
+                    shutil.rmtree(folder, ignore_errors=True)
+        elif re.fullmatch(f"{prefix}[0-9a-f]{{32}}", folder.name) and folder.is_dir() and not _is_held(folder):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_held(folder: Path) -> bool:
+    try:
+        with (folder / _LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False  # what is left of one that was being removed
     except OSError:
-        return  # in use, or not ours
+        return True
+    return False
 
 
 def confined(root: Path, *parts: str) -> Path | None:

@@ -5,7 +5,6 @@ ComfyUI, which lists OUTPUT_DIR at every save, does not get slower by them. Ever
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import uuid
@@ -16,6 +15,7 @@ from typing import IO, Final, Self
 import attrs
 
 from comfyd.media.collect import OutputFile
+from comfyd.media.files import claim_folder, remove_abandoned
 
 PARENT: Final = "comfyd"
 _MEMORY: Final = "memory-"
@@ -34,8 +34,7 @@ class KeptOutputs:
         """The folder that belongs to the journal *identity*; what daemons without a journal on disk left is removed."""
         parent = output_dir / PARENT
         if parent.is_dir():
-            for abandoned in parent.glob(f"{_MEMORY}*"):
-                _remove_if_abandoned(abandoned)
+            remove_abandoned(parent, _MEMORY)
         return cls(root=parent / (identity if durable else f"{_MEMORY}{uuid.uuid4().hex}"))
 
     def folder(self, key: str) -> Path:
@@ -90,16 +89,6 @@ class KeptOutputs:
                 folder.rmdir()
 
     def _make(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         if self._lock is None and self.root.name.startswith(_MEMORY):
-            self._lock = (self.root / ".lock").open("wb")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _remove_if_abandoned(folder: Path) -> None:
-    try:
-        with (folder / ".lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError:
-        return  # in use, or not ours
+            self._lock = claim_folder(self.root)
+        folder.mkdir(parents=True, exist_ok=True)

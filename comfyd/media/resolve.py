@@ -58,6 +58,8 @@ class Resolver:
     fetcher: Fetcher
     s3: S3Store
     limits: MediaConfig
+    on_fetched: Callable[[str, int | None], None] | None = None
+    """Hears the URL and the size in bytes of each object that was fetched from S3, None of one that was not."""
     _limiter: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(_DECODING_THREADS))
 
     async def resolve(self, found: tuple[Candidate, ...], folder_key: str) -> Resolved:
@@ -162,13 +164,19 @@ class Resolver:
             return await self.fetcher.fetch(url, folder, stem)
         source = parse_s3_url(url)
         target = folder / stem
+        size_bytes: int | None = None
         try:
             with trio.fail_after(self.limits.input_timeout_s):
-                await self.s3.download(source.bucket, source.key, target, max_bytes=self.limits.max_input_bytes)
+                size_bytes = await self.s3.download(
+                    source.bucket, source.key, target, max_bytes=self.limits.max_input_bytes
+                )
         except trio.TooSlowError as exc:
             raise InputRefused(
                 f"{source.url} did not arrive within {self.limits.input_timeout_s:g} s (INPUT_TIMEOUT_S)"
             ) from exc
+        finally:
+            if self.on_fetched is not None:
+                self.on_fetched(source.url, size_bytes)
         return await trio.to_thread.run_sync(self._name_by_content, target, source.url, limiter=self._limiter)
 
     def _name_by_content(self, path: Path, url: str) -> Path:

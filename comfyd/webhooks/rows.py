@@ -3,7 +3,7 @@
 A row says what is to be told, to whom; what it says is built from the job's record when it is sent.
 """
 
-import uuid
+import hashlib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -36,7 +36,7 @@ def rows_for(
 
     def row(url: str, kind: str, place: int | None = None) -> WebhookRow:
         return WebhookRow(
-            id=f"msg_{uuid.uuid4().hex}",
+            id=_id_of(job_key, kind, place),
             sequence=next_sequence(),
             job_id=job_id,
             job_key=job_key,
@@ -62,3 +62,12 @@ def rows_for(
 def iso_ms(at: float) -> str:
     """Write unix seconds as ISO 8601 in UTC with milliseconds, as JavaScript does."""
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _id_of(job_key: str, kind: str, place: int | None) -> str:
+    """The ``webhook-id``: of the event and not of its making.
+
+    A job that is told from memory while the disk is full, and runs again after a kill, is told under the same id, by
+    which its receiver knows it.
+    """
+    return f"msg_{hashlib.blake2b(f'{job_key} {kind} {place}'.encode(), digest_size=16).hexdigest()}"

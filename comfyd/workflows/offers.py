@@ -209,7 +209,8 @@ def _bounds(
 def _drawn(widget: Widget, options: Mapping[str, Any], wish: SidecarInput) -> bool:
     if wish.random is not None:
         return wish.random
-    return widget.input in _SEEDS or bool(options.get("control_after_generate"))
+    # ComfyUI sets control_after_generate on PrimitiveInt as well, whose number may be anything: a width, a count.
+    return widget.input in _SEEDS or (bool(options.get("control_after_generate")) and "seed" in widget.input)
 
 
 def _number(value: Any) -> Number | None:

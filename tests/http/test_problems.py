@@ -26,6 +26,10 @@ STATUSES = {
     "execution-failed": 500,
     "engine-crashed": 502,
     "storage-failed": 502,
+    "unauthorized": 401,
+    "range-not-satisfiable": 416,
+    "webhook-pending": 409,
+    "workflow-failed": 500,
     "timeout": 504,
     "internal-error": 500,
 }

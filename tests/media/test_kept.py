@@ -77,12 +77,15 @@ def test_a_journal_on_disk_leaves_its_outputs_for_the_next_start(tmp_path: Path)
 def test_what_a_killed_daemon_without_a_journal_left_is_removed_and_what_a_living_one_has_is_not(
     tmp_path: Path,
 ) -> None:
-    dead, alive = (tmp_path / "comfyd" / f"memory-{name}" for name in ("dead", "alive"))
-    for folder in (dead, alive):
+    dead, alive = (tmp_path / "comfyd" / f"memory-{number:032x}" for number in range(2))
+    half_removed = dead.with_name(f"memory-{2:032x}")
+    for folder in (dead, alive, half_removed):
         (folder / "key").mkdir(parents=True)
-        (folder / ".lock").touch()
+        if folder is not half_removed:
+            (folder / ".lock").touch()
     with (alive / ".lock").open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         KeptOutputs.of_journal(tmp_path, "journal", durable=True)
         assert not dead.exists()
+        assert not half_removed.exists()
         assert alive.exists()

@@ -56,10 +56,13 @@ def test_two_stores_in_one_folder_do_not_touch_each_other(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+OTHER = "0123456789abcdef" * 2
+
+
 @pytest.fixture
 def other_daemon(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """Another process that holds the lock of a store's folder, as another comfyd does."""
-    folder = tmp_path / "comfyd" / "other"
+    folder = tmp_path / "comfyd" / OTHER
     folder.mkdir(parents=True)
     (folder / "001.png").write_bytes(b"x")
     with subprocess.Popen(
@@ -77,7 +80,7 @@ def test_the_folder_of_a_living_daemon_is_left_and_that_of_a_dead_one_is_swept(
     tmp_path: Path, other_daemon: "subprocess.Popen[bytes]"
 ) -> None:
     InputStore.open(tmp_path).close()
-    assert files_in(tmp_path / "comfyd" / "other") == [".lock", "001.png"]
+    assert files_in(tmp_path / "comfyd" / OTHER) == [".lock", "001.png"]
     other_daemon.kill()
     other_daemon.wait(10)
     InputStore.open(tmp_path).close()

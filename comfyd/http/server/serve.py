@@ -85,7 +85,7 @@ async def serve_http(
                         for listener in listeners:
                             accept_nursery.start_soon(connections.accept, listener, nursery)
                         url = base_url(config, listeners[0], adopted=bool(inherited))
-                        log.info("http.serving", url=url, host=None if inherited else config.host)
+                        log.debug("http.serving", url=url, host=None if inherited else config.host)
                         task_status.started(url)
                         await stop.wait()
                         accepting.cancel("stop")
