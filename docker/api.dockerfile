@@ -17,7 +17,9 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv /opt/comfyd-build \
  && /opt/comfyd-build/bin/python -m pip install --require-hashes --requirement requirements/build.txt \
  && python3 -m venv /opt/comfyd \
- && /opt/comfyd/bin/python -m pip install --require-hashes --requirement requirements/runtime.txt
+ && /opt/comfyd-build/bin/python -m pip wheel --require-hashes --no-build-isolation --no-deps --wheel-dir /opt/wheels \
+    --requirement requirements/runtime.txt \
+ && /opt/comfyd/bin/python -m pip install --no-deps --no-index /opt/wheels/*.whl
 COPY LICENSE NOTICE README.md pyproject.toml ./
 COPY comfyd comfyd
 RUN /opt/comfyd-build/bin/python -m hatchling build -t wheel -d dist \
