@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-all check format bench binary lock clean
+.PHONY: help demo test test-all check format docs bench binary lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -33,6 +33,7 @@ check: $(VENV)/.dev  ## ruff (lint and format), mypy --strict, flake8-async
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/flake8 comfyd tests benchmarks
+	$(BIN)/python docs/generate.py --check
 
 format: $(VENV)/.dev  ## format and apply safe lint fixes
 	$(BIN)/ruff check --fix .
@@ -40,6 +41,9 @@ format: $(VENV)/.dev  ## format and apply safe lint fixes
 
 test-all:  ## the tests on each supported Python that this machine has
 	@PYTHON=$(PYTHON) ./tests/run_all_pythons
+
+docs: $(VENV)/.runtime  ## write into docs/ what comes from the code
+	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/.dev  ## speed and memory, as ratios against a raw client
 	$(BIN)/python -m benchmarks

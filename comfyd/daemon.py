@@ -4,11 +4,12 @@
 
     main
     └─ signals            the first asks to stop, the second cancels everything
+    └─ reaper             orphans, as PID 1 or subreaper
     └─ journal            one writer of what must not be lost                      (stops last)
-       └─ engine          process, listener, watchdog, restart with back-off
+       └─ engine          process, listener, watchdog, restart with back-off; systemd's notifications
           └─ outbox       webhooks, per receiver
           └─ events       ComfyUI's own events to the operator's receiver
-             └─ jobs      preparing, one runner, finishing, cleaning, retention
+             └─ jobs      preparing, one runner, finishing, cleaning, retention; workflow files, deletion cost
                 └─ http   connections and their handlers                           (stops first)
 """
 

@@ -17,6 +17,7 @@ _COMMANDS: Final = {
     "doctor": "look at everything that comfyd needs, and say what to do about it",
     "healthcheck": "ask the daemon on this machine whether it is healthy",
     "openapi": "write the OpenAPI document of this configuration",
+    "submit": "run a graph or a workflow on a daemon, and fetch what it makes",
     "webhooks": "list, replay or drop webhooks that were not taken",
     "workflow": "write workflow files from graphs, check them, list them",
 }
