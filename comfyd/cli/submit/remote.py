@@ -7,7 +7,7 @@ go on after the last one that was heard; and of a file the part that is missing 
 import json
 import math
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any, Final
@@ -201,15 +201,17 @@ class Remote:
                 raise JobFailed(_forgotten(self.shown))
             if response.status_code != HTTPStatus.OK:
                 await self._refuse(response)
-            with trio.CancelScope() as scope:
-                # To the end, and never left in the middle: httpx's generators are closed by nobody else.
-                async for data in response.aiter_raw():
-                    for event in parser.feed_bytes(data):
-                        away.over()
-                        if event.name == "result" and isinstance(event.data, dict):
-                            result = event.data
-                            scope.deadline = trio.current_time() + _AFTER_RESULT_S
-                        watch(event)
+
+            async def take(data: bytes, enough: trio.CancelScope) -> None:
+                nonlocal result
+                for event in parser.feed_bytes(data):
+                    away.over()
+                    if event.name == "result" and isinstance(event.data, dict):
+                        result = event.data
+                        enough.deadline = trio.current_time() + _AFTER_RESULT_S
+                    watch(event)
+
+            await _each_piece(response, take)
         return result
 
     async def look(self, job_id: str) -> dict[str, Any] | None:
@@ -292,10 +294,13 @@ class Remote:
                     await self._refuse(response)
                 document = await _problem_of(response)
                 raise NotSaved(f"{transfer.href}: {document['detail']}")
-            async for data in response.aiter_raw():
+
+            async def take(data: bytes, enough: trio.CancelScope) -> None:
                 away.over()
                 if not await transfer.take(data):
-                    return
+                    enough.cancel("there is more than was told")
+
+            await _each_piece(response, take)
 
     def _words(self, exc: Exception) -> str:
         match exc:
@@ -397,6 +402,26 @@ async def _problem_of(response: httpx.Response) -> dict[str, Any]:
         "status": response.status_code,
         "detail": f"{response.request.method} {response.request.url.path} was answered {reason}",
     }
+
+
+async def _each_piece(response: httpx.Response, take: Callable[[bytes, trio.CancelScope], Awaitable[None]]) -> None:
+    """Give the pieces of an answer to *take* as they arrive; it cancels the scope when it has enough.
+
+    httpx reads through generators within generators, which nobody closes when a loop over them is left. So the loop
+    below never is: every end of it, also by a cancel, comes from within them. A cancel of the
+    caller's waits for *take*, which writes to a disk at most, and is sure to end.
+    """
+    failure: Exception | None = None
+    with trio.CancelScope() as enough:
+        async for data in response.aiter_raw():
+            with trio.CancelScope(shield=True):
+                try:
+                    await take(data, enough)
+                except (OSError, BadEventStream, InvalidValue) as exc:
+                    failure = exc
+                    enough.cancel("a piece could not be used")
+    if failure is not None:
+        raise failure
 
 
 async def _read_bounded(response: httpx.Response) -> bytes:
