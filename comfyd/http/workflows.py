@@ -37,6 +37,7 @@ class WorkflowsEndpoint:
     async def __call__(self, exchange: Exchange) -> None:
         """Serve one request."""
         path = exchange.scope["path"]
+        await self.workflows.loaded.wait()
         if path in {"/workflow", "/workflows"}:
             await by_method(exchange, {"GET": self._list})
             return

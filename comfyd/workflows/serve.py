@@ -36,6 +36,8 @@ class Workflows:
     """The catalogue as it is now. A request takes :attr:`current` once and keeps to it."""
 
     current: WorkflowCatalogue = attrs.field(factory=WorkflowCatalogue)
+    loaded: trio.Event = attrs.field(factory=trio.Event, repr=False)
+    """Set once the folder was read for the first time; until then :attr:`current` has nothing."""
     _changed: trio.Event = attrs.field(factory=trio.Event, repr=False)
 
     async def wait_changed(self) -> WorkflowCatalogue:
@@ -60,29 +62,27 @@ async def serve_workflows(
 ) -> None:
     """Load *folder*, then again after each change, until cancelled.
 
-    ``started()`` when the first catalogue is there. A folder that is missing is told of only if it is *required*; one
-    that appears later is read then. A change is taken up when two looks have seen the same: files that are being
-    copied are not read half written.
+    ``started()`` at once: a file that hangs must not keep the daemon from listening. A folder that is missing is told
+    of only if it is *required*; one that appears later is read then. A change is taken up when two looks have seen the
+    same: files that are being copied are not read half written.
     """
     threads = trio.CapacityLimiter(_LOADING_THREADS)
     look = partial(list_folder, folder, required=required)
     workflows = Workflows()
+    task_status.started(workflows)
     loaded: Listing | None = None
     seen: Listing | None = None
-    started = False
     while True:
         now = await _in_thread(look, threads, load_timeout_s)
         if now is None:
             loaded = None
             _take(workflows, _not_read(workflows.current, load_timeout_s))
-        elif now != loaded and (now == seen or not started):
+        elif now != loaded and (now == seen or not workflows.loaded.is_set()):
             loaded = now
             load = partial(load_listed, folder, now, workflows.current)
             catalogue = await _in_thread(load, threads, load_timeout_s)
             _take(workflows, catalogue or _not_read(workflows.current, load_timeout_s))
-        if not started:
-            started = True
-            task_status.started(workflows)
+        workflows.loaded.set()
         seen = now
         await trio.sleep(look_every_s)
 

@@ -22,7 +22,9 @@ async def serving(folder: Path, *, required: bool = True, load_timeout_s: float 
     serve = partial(serve_workflows, folder, required=required, look_every_s=0.01, load_timeout_s=load_timeout_s)
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
-            yield await nursery.start(serve)
+            workflows = await nursery.start(serve)
+            await workflows.loaded.wait()
+            yield workflows
             nursery.cancel_scope.cancel("the test is over")
 
 
