@@ -1,5 +1,7 @@
 """How much is measured, and what all scenarios share."""
 
+import statistics
+from collections.abc import Sequence
 from typing import Final
 
 import attrs
@@ -35,6 +37,18 @@ class Numbers:
         return first
 
 
-def ours(scenario: str, measure: str, unit: str, values: list[float], bound: Bound | None) -> Row:
+def percentile(values: Sequence[float], part: float) -> float:
+    """Return the least of *values* that at least *part* of them (0 to 1) do not exceed; the median for 0.5.
+
+    No value is made up between two that were measured, but for the median of an even number.
+    """
+    if part == 0.5:
+        return statistics.median(values)
+    ordered = sorted(values)
+    place = -(-len(ordered) * part // 1)  # rounded up: the nearest-rank definition
+    return ordered[max(0, int(place) - 1)]
+
+
+def ours(scenario: str, measure: str, unit: str, values: list[float], *bounds: Bound) -> Row:
     """Make the row of a measure that only comfyd has."""
-    return Row(scenario=scenario, measure=measure, unit=unit, values={"comfyd": values}, bound=bound)
+    return Row(scenario=scenario, measure=measure, unit=unit, values={"comfyd": values}, bounds=tuple(bounds))

@@ -6,17 +6,23 @@ from typing import Any
 def graph(name: str, number: int, prefix: str) -> dict[str, Any]:
     """Return the graph *name*.
 
-    *tiny*: a picture of 8 px, for engines that cost nothing. *picture*: one of 512 px that is made, inverted and saved.
-    *large*: a file of 200 MB, on the embedded engine only.
+    *tiny*: a picture of 8 px, for engines that cost nothing. *brief*: the same after 5 ms, on the embedded engine only,
+    for servers that miss a prompt which has ended before they know its id. *picture*: one of 512 px that is made,
+    inverted and saved. *large*: a file of 200 MB, *huge*: one of 1 GB, on the embedded engine only.
     """
     match name:
         case "tiny":
             return {"1": _empty_image(8, 0), "2": _save("1", prefix)}
+        case "brief":
+            pause = {"class_type": "Sleep", "inputs": {"seconds": 0.005, "value": ["1", 0]}}
+            return {"1": _empty_image(8, 0), "2": pause, "3": _save("2", prefix)}
         case "picture":
             invert = {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}}
             return {"1": _empty_image(512, number % 0xFFFFFF), "2": invert, "3": _save("2", prefix)}
         case "large":
             return large(200, prefix)
+        case "huge":
+            return large(1024, prefix)
         case _:
             raise ValueError(f"there is no graph {name!r}")
 

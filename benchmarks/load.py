@@ -28,7 +28,7 @@ _WAIT_S: Final = 120.0
 class Load(msgspec.Struct, kw_only=True):
     """What is to be done, and on which processors."""
 
-    mode: Literal["prompts", "raw", "large", "given", "download"]
+    mode: Literal["prompts", "raw", "large", "given", "download", "accepted"]
     url: str
     graph: str = ""
     """A name of :mod:`benchmarks.graphs`."""
@@ -38,8 +38,12 @@ class Load(msgspec.Struct, kw_only=True):
     """For *given*: what a right answer is not larger than."""
     probes: bool = False
     """For *given*: ask the readiness probe every 5 ms meanwhile."""
+    webhook: str = ""
+    """For *accepted*: where the outcome of each prompt is to be told."""
     total: int = 1
     in_flight: int = 1
+    every_s: float = 0.0
+    """For *prompts*, one in flight: how far apart they begin at least."""
     output_dir: str = ""
     """Where a raw client finds its files."""
     cores: list[int] = []  # msgspec copies it
@@ -52,6 +56,8 @@ class Measured(msgspec.Struct, kw_only=True):
 
     elapsed_s: float
     latencies_ms: list[float]
+    ended_at: float = 0.0
+    """By ``CLOCK_MONOTONIC``, which all processes share."""
     probes_ms: list[float] = []  # msgspec copies it
     beside_ms: list[float] = []  # msgspec copies it
 
@@ -61,10 +67,9 @@ def main() -> None:
     load = msgspec.json.decode(sys.stdin.buffer.read(), type=Load)
     if load.cores:
         os.sched_setaffinity(0, load.cores)
-    run = {"prompts": run_prompts, "raw": run_raw, "large": run_large, "given": run_given, "download": run_download}[
-        load.mode
-    ]
-    sys.stdout.buffer.write(msgspec.json.encode(run(load)))
+    measured = MODES[load.mode](load)
+    measured.ended_at = time.perf_counter()
+    sys.stdout.buffer.write(msgspec.json.encode(measured))
 
 
 def _prompt(load: Load, number: int) -> bytes:
@@ -89,6 +94,20 @@ def _check_downloaded(answer: Answer) -> None:
 def run_prompts(load: Load) -> Measured:
     """Run prompts through a server that answers each with its files, so many at once."""
     return _post_all(load, lambda sent: _prompt(load, load.first + sent), _check)
+
+
+def run_accepted(load: Load) -> Measured:
+    """Hand prompts over to a server that answers at once and tells the outcome later, so many at once."""
+
+    def body_of(sent: int) -> bytes:
+        graph_of = graph(load.graph, load.first + sent, "bench")
+        return request("POST", "/prompt", msgspec.json.encode({"prompt": graph_of, "webhook_v2": load.webhook}))
+
+    def check(answer: Answer) -> None:
+        if answer.status != 202:
+            raise BadAnswer(f"status {answer.status}: {answer.body[:500]!r}")
+
+    return _post_all(load, body_of, check)
 
 
 def run_given(load: Load) -> Measured:
@@ -146,6 +165,13 @@ def _post_all(load: Load, request_of: Callable[[int], bytes], check: Callable[[A
     latencies: list[float] = []
     began = time.perf_counter()
     sent = 0
+
+    def pace() -> float:
+        """Wait until the next one may begin; return when that is. With one in flight nobody else has to wait."""
+        if load.every_s:
+            time.sleep(max(0.0, began + sent * load.every_s - time.perf_counter()))
+        return time.perf_counter()
+
     for number, connection in connections.items():
         if sent < load.total:
             sent_at[number] = time.perf_counter()
@@ -163,7 +189,7 @@ def _post_all(load: Load, request_of: Callable[[int], bytes], check: Callable[[A
             now = time.perf_counter()
             latencies.append((now - sent_at[number]) * 1000)
             if sent < load.total:
-                sent_at[number] = now
+                sent_at[number] = pace()
                 connections[number].send(request_of(sent))
                 sent += 1
     return Measured(elapsed_s=time.perf_counter() - began, latencies_ms=latencies)
@@ -339,6 +365,16 @@ def _probe_until(ended: threading.Event, url: str) -> list[float]:
         latencies.append(took_s * 1000)
         ended.wait(max(0.0, _PROBE_EVERY_S - took_s))
     return latencies
+
+
+MODES: Final[dict[str, Callable[[Load], Measured]]] = {
+    "prompts": run_prompts,
+    "raw": run_raw,
+    "large": run_large,
+    "given": run_given,
+    "download": run_download,
+    "accepted": run_accepted,
+}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 The pictures are made once, before anything is measured; the engine costs nothing (:mod:`benchmarks.media_engine`).
 """
 
-import os
 import tempfile
 from base64 import b64encode
 from collections.abc import Callable
@@ -14,12 +13,13 @@ from typing import Any, Final
 import msgspec
 import pyvips
 
+from benchmarks.contenders import open_contenders
 from benchmarks.effort import Effort, Numbers, ours
 from benchmarks.graphs import copied, large, loaded
 from benchmarks.load import Load
-from benchmarks.processes import EMBEDDED, MEDIA, Cores, EngineKind, Server, comfyd, peer, remote
-from benchmarks.report import Bound, Row
-from benchmarks.sockets import HttpConnection, request
+from benchmarks.processes import EMBEDDED, MEDIA, Cores, comfyd, remote
+from benchmarks.report import Bound, Row, Values
+from benchmarks.sockets import ask_once, request
 
 _PHOTO_PX: Final = 3000
 _CONVERSIONS: Final = 8
@@ -35,45 +35,33 @@ _UPLOAD_MB: Final = 500
 
 def conversions(effort: Effort) -> list[Row]:
     """8 pictures of 3000 px from PNG to JPEG and WebP, 4 at once; half of the peer's memory, and not slower."""
-    cores = Cores.everywhere()
-    times: dict[str, dict[str, list[float]]] = {format_: {} for format_ in ("jpeg", "webp")}
-    peaks: dict[str, dict[str, list[float]]] = {format_: {} for format_ in times}
-    with tempfile.TemporaryDirectory(prefix="comfyd-bench-") as name, ExitStack() as stack:
+    values = Values("conversions")
+    with tempfile.TemporaryDirectory(prefix="comfyd-bench-") as name:
         photo = Path(name, "photo.png")
         _photo(_PHOTO_PX).pngsave(str(photo), compression=1)
-        contenders = _contenders(stack, MEDIA, cores)
-        for server in contenders.values():
-            Path(server.folder, "input", photo.name).write_bytes(photo.read_bytes())
-        for format_ in times:
-            body = Path(name, f"{format_}.json")
-            graph = {"prompt": copied(photo.name, "bench"), "convert_output": {"format": format_}}
-            body.write_bytes(msgspec.json.encode(graph))
-            for turn in range(effort.rounds + 1):
-                for contender, server in contenders.items():
+        with open_contenders(MEDIA, Cores.everywhere()) as contenders:
+            for server in contenders.servers.values():
+                Path(server.folder, "input", photo.name).write_bytes(photo.read_bytes())
+            for format_ in ("jpeg", "webp"):
+                body = Path(name, f"{format_}.json")
+                graph = {"prompt": copied(photo.name, "bench"), "convert_output": {"format": format_}}
+                body.write_bytes(msgspec.json.encode(graph))
+                for turn, contender, server in contenders.in_turn(effort.rounds):
                     server.forget_peak()
-                    measured = server.run(
-                        Load(
-                            mode="given",
-                            url=server.url,
-                            paths=[str(body)],
-                            total=_CONVERSIONS,
-                            in_flight=_AT_ONCE,
-                            most_bytes=photo.stat().st_size,  # the PNG itself, as base64, would be larger
-                        )
-                    )
-                    if turn > 0:  # the first is for warming up
-                        times[format_].setdefault(contender, []).append(measured.elapsed_s)
-                        peaks[format_].setdefault(contender, []).append(server.peak_rss_mb())
-    rows = []
-    for format_ in times:
-        what = f"8 to {format_.upper()}"
-        wanted = Bound(limit=1, ratio=True, to="peer")
-        rows.append(Row(scenario="conversions", measure=what, unit="s", values=times[format_], bound=wanted))
-        half = Bound(limit=0.5, ratio=True, to="peer")
-        rows.append(
-            Row(scenario="conversions", measure=f"{what}, peak RSS", unit="MB", values=peaks[format_], bound=half)
-        )
-    return rows
+                    load = Load(mode="given", url=server.url, paths=[str(body)], total=_CONVERSIONS)
+                    load.in_flight = _AT_ONCE
+                    load.most_bytes = photo.stat().st_size  # the PNG itself, as base64, would be larger
+                    measured = contenders.run(contender, load)
+                    if measured and turn > 0:
+                        values.add(f"8 to {format_.upper()}", contender, measured.elapsed_s)
+                        values.add(f"8 to {format_.upper()}, peak RSS", contender, server.peak_rss_mb())
+    half = Bound(limit=0.5, ratio=True, to="peer")
+    return [
+        values.row("8 to JPEG", "s", Bound(limit=0.9, ratio=True, to="peer")),
+        values.row("8 to JPEG, peak RSS", "MB", half),
+        values.row("8 to WEBP", "s", Bound(limit=1, ratio=True, to="peer")),
+        values.row("8 to WEBP, peak RSS", "MB", half),
+    ]
 
 
 def inputs(effort: Effort) -> list[Row]:
@@ -102,37 +90,37 @@ def inputs(effort: Effort) -> list[Row]:
     # One after the other would be 32 delays; the raw client's time is the slowest download and the transfer of all.
     bound = Bound(limit=1.3, ratio=True)
     return [
-        Row(scenario="inputs", measure="32 URLs in one job", unit="ms", values=took, bound=bound),
+        Row(scenario="inputs", measure="32 URLs in one job", unit="ms", values=took, bounds=(bound,)),
         Row(scenario="inputs", measure="one of them alone", unit="ms", values={"raw": alone}),
     ]
 
 
 def base64_input(effort: Effort) -> list[Row]:
     """A picture of 60 MB of base64 in a request, while others ask the probe every 5 ms."""
-    growth: dict[str, list[float]] = {}
-    stalls: dict[str, list[float]] = {}
-    took: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(prefix="comfyd-bench-") as name, ExitStack() as stack:
+    values = Values("base64-input")
+    with tempfile.TemporaryDirectory(prefix="comfyd-bench-") as name:
         png = _noise(_TEXT_PX).pngsave_buffer(compression=0)
         body, small = Path(name, "body.json"), Path(name, "small.json")
         body.write_bytes(msgspec.json.encode({"prompt": loaded([b64encode(png).decode()], "bench")}))
         tiny = _noise(64).pngsave_buffer(compression=0)
         small.write_bytes(msgspec.json.encode({"prompt": loaded([b64encode(tiny).decode()], "bench")}))
-        contenders = _contenders(stack, EMBEDDED, Cores.shared_out())
-        for contender, server in contenders.items():
-            server.run(Load(mode="given", url=server.url, paths=[str(small)], total=20))
-            before_mb = server.rss_mb()
-            for _ in range(effort.rounds):
+        with open_contenders(EMBEDDED, Cores.shared_out()) as contenders:
+            before_mb: dict[str, float] = {}
+            for turn, contender, server in contenders.in_turn(effort.rounds):
+                if turn == 0:
+                    contenders.run(contender, Load(mode="given", url=server.url, paths=[str(small)], total=20))
+                    before_mb[contender] = server.rss_mb()
+                    continue
                 server.forget_peak()
-                measured = server.run(Load(mode="given", url=server.url, paths=[str(body)], probes=True))
-                growth.setdefault(contender, []).append(server.peak_rss_mb() - before_mb)
-                stalls.setdefault(contender, []).append(max(measured.probes_ms))
-                took.setdefault(contender, []).append(measured.latencies_ms[0])
-    name = "base64-input"
+                load = Load(mode="given", url=server.url, paths=[str(body)], probes=True)
+                if measured := contenders.run(contender, load):
+                    values.add("growth of RSS", contender, server.peak_rss_mb() - before_mb[contender])
+                    values.add("longest delay of a probe", contender, max(measured.probes_ms))
+                    values.add("60 MB of base64, run", contender, measured.latencies_ms[0])
     return [
-        Row(scenario=name, measure="growth of RSS", unit="MB", values=growth, bound=Bound(limit=130)),
-        Row(scenario=name, measure="longest delay of a probe", unit="ms", values=stalls, bound=Bound(limit=100)),
-        Row(scenario=name, measure="60 MB of base64, run", unit="ms", values=took),
+        values.row("growth of RSS", "MB", Bound(limit=130)),
+        values.row("longest delay of a probe", "ms", Bound(limit=100)),
+        values.row("60 MB of base64, run", "ms"),
     ]
 
 
@@ -167,20 +155,12 @@ def s3_upload(effort: Effort) -> list[Row]:
     return [
         ours("s3-upload", "growth of RSS", "MB", growth, Bound(limit=80)),
         ours("s3-upload", "longest delay of a probe", "ms", stalls, Bound(limit=100)),
-        ours("s3-upload", "speed, run and uploaded", "MB/s", rate, None),
+        ours("s3-upload", "speed, run and uploaded", "MB/s", rate),
     ]
 
 
-def _contenders(stack: ExitStack, kind: EngineKind, cores: Cores) -> dict[str, Server]:
-    """Start comfyd and, if there is one, the peer, on engines of one kind."""
-    contenders = {"comfyd": stack.enter_context(comfyd(kind, cores))}
-    if os.environ.get("PEER_COMMAND"):
-        contenders["peer"] = stack.enter_context(peer(cores, kind))
-    return contenders
-
-
 def _stored_bytes(store: str) -> int:
-    answer: Any = msgspec.json.decode(HttpConnection.open(store).ask(request("GET", "/stored")).body)
+    answer: Any = msgspec.json.decode(ask_once(store, request("GET", "/stored")).body)
     return int(answer["bytes"])
 
 

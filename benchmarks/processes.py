@@ -20,7 +20,7 @@ import attrs
 import msgspec
 
 from benchmarks.load import Load, Measured
-from benchmarks.sockets import BadAnswer, HttpConnection, request
+from benchmarks.sockets import BadAnswer, ask_once, request
 
 REPOSITORY: Final = Path(__file__).parents[1]
 _START_S: Final = 90.0
@@ -32,6 +32,10 @@ NO_SETTINGS: Final[Mapping[str, str]] = MappingProxyType({})
 
 class NotStarted(Exception):
     """A contender did not come up."""
+
+
+class LoadFailed(Exception):
+    """A contender did not do what a load asked of it."""
 
 
 @attrs.frozen(kw_only=True)
@@ -108,17 +112,27 @@ class Server:
             _pin(self.engine_pid, self.cores.engine)
 
     def run(self, load: Load) -> Measured:
-        """Run a load against it."""
+        """Run a load against it.
+
+        Raises:
+            LoadFailed: it did not do what was asked, or not in time.
+        """
         load.output_dir = str(self.folder / "output")
         load.cores = self.cores.load
-        ended = subprocess.run(
-            [sys.executable, "-m", "benchmarks.load"],
-            input=msgspec.json.encode(load),
-            stdout=subprocess.PIPE,
-            timeout=_LOAD_S,
-            check=True,
-            cwd=REPOSITORY,
-        )
+        try:
+            ended = subprocess.run(
+                [sys.executable, "-m", "benchmarks.load"],
+                input=msgspec.json.encode(load),
+                capture_output=True,
+                timeout=_LOAD_S,
+                check=True,
+                cwd=REPOSITORY,
+            )
+        except subprocess.TimeoutExpired as exc:
+            raise LoadFailed(f"{load.mode} of {self.url} took more than {_LOAD_S:g} s") from exc
+        except subprocess.CalledProcessError as exc:
+            last = exc.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            raise LoadFailed(f"{load.mode} of {self.url}: {last}") from exc
         return msgspec.json.decode(ended.stdout, type=Measured)
 
     def rss_mb(self) -> float:
@@ -194,14 +208,15 @@ def comfyd(kind: EngineKind, cores: Cores, settings: Mapping[str, str] = NO_SETT
 
 
 @contextlib.contextmanager
-def peer(cores: Cores, kind: EngineKind | None = None) -> Iterator[Server]:
+def peer(cores: Cores, kind: EngineKind | None = None, settings: Mapping[str, str] = NO_SETTINGS) -> Iterator[Server]:
     """Run PEER_COMMAND: another server of ``POST /prompt`` that starts its engine itself.
 
     It stays in the foreground, listens on PORT, lets its engine listen on COMFYUI_PORT_HOST, and stops on SIGINT. With
-    *kind* it is told which engine to start, and where files are, by CMD, INPUT_DIR and OUTPUT_DIR.
+    *kind* it is told which engine to start, and where files are, by CMD, INPUT_DIR and OUTPUT_DIR. Of *settings*, which
+    are comfyd's, it obeys those that it knows.
     """
     port, engine_port = _free_port(), _free_port()
-    environ = {**os.environ, "PORT": str(port), "COMFYUI_PORT_HOST": str(engine_port), "LOG_LEVEL": "warn"}
+    environ = {**os.environ, **settings, "PORT": str(port), "COMFYUI_PORT_HOST": str(engine_port), "LOG_LEVEL": "warn"}
     with tempfile.TemporaryDirectory(prefix="comfyd-bench-") as folder:
         environ["PEER_DATA"] = folder
         if kind is not None:
@@ -215,13 +230,26 @@ def peer(cores: Cores, kind: EngineKind | None = None) -> Iterator[Server]:
             url = f"http://127.0.0.1:{port}"
             _wait_ok(process, url, "/ready")
             took_s = time.perf_counter() - began
-            yield Server(pid=process.pid, url=url, folder=Path(folder), started_in_s=took_s, cores=cores)
+            server = Server(pid=process.pid, url=url, folder=Path(folder), started_in_s=took_s, cores=cores)
+            server.engine_pid = next(iter(_children(process.pid)), None)
+            server.pin()
+            yield server
+
+
+def remote(*options: str) -> contextlib.AbstractContextManager[str]:
+    """Run :mod:`benchmarks.remote`; yield its URL."""
+    return _helper("benchmarks.remote", *options)
+
+
+def sink() -> contextlib.AbstractContextManager[str]:
+    """Run :mod:`benchmarks.sink`; yield its URL."""
+    return _helper("benchmarks.sink")
 
 
 @contextlib.contextmanager
-def remote(*options: str) -> Iterator[str]:
-    """Run :mod:`benchmarks.remote`; yield its URL."""
-    command = [sys.executable, "-m", "benchmarks.remote", *options]
+def _helper(module: str, *options: str) -> Iterator[str]:
+    """Run a server of ours that prints its port."""
+    command = [sys.executable, "-m", module, *options]
     with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None  # for mypy
@@ -231,6 +259,36 @@ def remote(*options: str) -> Iterator[str]:
             yield f"http://127.0.0.1:{int(port)}"
         finally:
             process.kill()  # it holds nothing that should be saved
+
+
+@attrs.frozen(kw_only=True)
+class Taken:
+    """What a sink has taken: how many requests, and when the last one, by ``CLOCK_MONOTONIC`` in seconds."""
+
+    taken: int
+    last_at: float
+
+
+def taken_by(sink_url: str) -> Taken:
+    """Ask a sink."""
+    answer = ask_once(sink_url, request("GET", "/taken"))
+    told: Any = msgspec.json.decode(answer.body)
+    return Taken(taken=int(told["taken"]), last_at=float(told["last_at"]))
+
+
+def wait_quiet(sink_url: str, *, expected: int | None = None, quiet_s: float = 0.5, most_s: float = 120.0) -> Taken:
+    """Wait until a sink has taken *expected* requests in all, or, from now on, nothing for *quiet_s*.
+
+    Raises:
+        LoadFailed: neither came about within *most_s*.
+    """
+    began_at = time.perf_counter()
+    while time.perf_counter() < began_at + most_s:
+        told = taken_by(sink_url)
+        if told.taken == expected or time.perf_counter() - max(began_at, told.last_at) > quiet_s:
+            return told
+        time.sleep(0.02)
+    raise LoadFailed(f"webhooks still came after {most_s:g} s")
 
 
 def _engine_pid(log: Path) -> int:
@@ -282,12 +340,10 @@ def _wait_ok(process: subprocess.Popen[bytes], url: str, path: str) -> None:
         if process.poll() is not None:
             raise NotStarted(f"{process.args!r} ended with {process.returncode}")
         try:
-            connection = HttpConnection.open(url)
-            with contextlib.closing(connection.socket):
-                answer = connection.ask(request("GET", path))
-                if answer.status == 200:
-                    return
-                last = f"{answer.status} {answer.body[:300]!r}"
+            answer = ask_once(url, request("GET", path))
+            if answer.status == 200:
+                return
+            last = f"{answer.status} {answer.body[:300]!r}"
         except (OSError, BadAnswer) as exc:
             last = str(exc)  # it does not listen yet
         time.sleep(0.01)
@@ -306,6 +362,15 @@ def _pin(pid: int, cores: list[int]) -> None:
             os.sched_setaffinity(int(thread), cores)
 
 
+def _children(pid: int) -> list[int]:
+    """Return the processes that *pid* started and that still run (proc(5))."""
+    found: list[int] = []
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+    return found
+
+
 def _status(pid: int, field: str) -> float:
     found = re.search(rf"^{field}:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     if found is None:
@@ -315,6 +380,6 @@ def _status(pid: int, field: str) -> float:
 
 def requests_of(server: Server) -> dict[str, int]:
     """Return how often each route of the server's counting engine was asked."""
-    answer = HttpConnection.open(server.engine_url).ask(request("GET", "/benchmark/requests"))
+    answer = ask_once(server.engine_url, request("GET", "/benchmark/requests"))
     counted: Any = msgspec.json.decode(answer.body)
     return {str(route): int(times) for route, times in counted.items()}

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,12 @@ class Bound:
     def __str__(self) -> str:
         return f"{'>=' if self.at_least else '<='} {self.limit:g}{f'x {self.to}' if self.ratio else ''}"
 
+    def kept(self, value: float | None) -> bool | None:
+        """Whether *value* is within it; None where there is none."""
+        if value is None:
+            return None
+        return value >= self.limit if self.at_least else value <= self.limit
+
 
 @attrs.frozen(kw_only=True)
 class Row:
@@ -36,7 +43,7 @@ class Row:
     measure: str
     unit: str
     values: dict[str, list[float]]
-    bound: Bound | None = None
+    bounds: tuple[Bound, ...] = ()
 
     def median(self, contender: str) -> float | None:
         """Return the median over the rounds, or None where a contender was not measured."""
@@ -44,19 +51,26 @@ class Row:
         return statistics.median(values) if values else None
 
     def ratio(self, contender: str = "comfyd", to: str = "raw") -> float | None:
-        """Return a contender's median by that of another, the raw client if not said."""
+        """Return a contender's median by that of another, the raw client if not said.
+
+        None if there is no other, or if what it has is zero or, of a difference, below: that is no scale.
+        """
         value, other = self.median(contender), self.median(to)
-        return value / other if value is not None and other else None
+        return value / other if value is not None and other is not None and other > 0 else None
 
     @property
     def kept(self) -> bool | None:
-        """Whether the bound is kept; None where nothing is wanted."""
-        if self.bound is None:
-            return None
-        value = self.ratio(to=self.bound.to) if self.bound.ratio else self.median("comfyd")
-        if value is None:
-            return None
-        return value >= self.bound.limit if self.bound.at_least else value <= self.bound.limit
+        """Whether all bounds are kept that can be judged; None where nothing is wanted, or what it is compared with."""
+        judged = [
+            bound.kept(self.ratio(to=bound.to) if bound.ratio else self.median("comfyd")) for bound in self.bounds
+        ]
+        known = [verdict for verdict in judged if verdict is not None]
+        return all(known) if known else None
+
+    @property
+    def wanted(self) -> str:
+        """The bounds as text; empty where nothing is wanted."""
+        return ", ".join(map(str, self.bounds))
 
     def as_json(self) -> dict[str, Any]:
         """Return everything about it."""
@@ -68,12 +82,35 @@ class Row:
             "medians": {contender: self.median(contender) for contender in self.values},
             "ratios_to_raw": {contender: self.ratio(contender) for contender in self.values},
             "ratio_to_peer": self.ratio(to="peer"),
-            "wanted": None if self.bound is None else str(self.bound),
+            "wanted": self.wanted or None,
             "kept": self.kept,
         }
 
 
+@attrs.define(eq=False)
+class Values:
+    """What a scenario gathers, round by round: for each measure and contender its values, in order."""
+
+    scenario: str
+    _of: dict[str, dict[str, list[float]]] = attrs.field(factory=dict)
+
+    def add(self, measure: str, contender: str, value: float) -> None:
+        """Add what one round found."""
+        self._of.setdefault(measure, {}).setdefault(contender, []).append(value)
+
+    def row(self, measure: str, unit: str, *bounds: Bound) -> Row:
+        """Make the row of a measure; an empty one if nobody could be measured."""
+        return Row(
+            scenario=self.scenario, measure=measure, unit=unit, values=self._of.get(measure, {}), bounds=tuple(bounds)
+        )
+
+
 _COLUMNS: Final = ("scenario", "measure", "raw", "comfyd", "peer", "to raw", "peer to raw", "to peer", "wanted", "")
+
+
+def shown(value: float | None, after: str = "") -> str:
+    """Write a number as briefly as it can be compared; a dash where there is none."""
+    return "-" if value is None else f"{value:.{0 if abs(value) >= 100 else 2}f}{after}"
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -86,9 +123,6 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    def shown(value: float | None, after: str = "") -> str:
-        return "-" if value is None else f"{value:.{0 if abs(value) >= 100 else 2}f}{after}"
-
     kept = {None: "", True: "kept", False: "MISSED"}[row.kept]
     return (
         row.scenario,
@@ -99,22 +133,65 @@ def _cells(row: Row) -> tuple[str, ...]:
         shown(row.ratio(), "x"),
         shown(row.ratio("peer"), "x"),
         shown(row.ratio(to="peer"), "x"),
-        "" if row.bound is None else str(row.bound),
+        row.wanted,
         kept,
     )
 
 
-def write_json(rows: Sequence[Row]) -> Path:
-    """Write the rows and what they were measured on to a file of their own; return its path."""
-    RESULTS.mkdir(exist_ok=True)
-    now = datetime.now(UTC)
-    document = {
-        "at": now.isoformat(),
-        "python": sys.version.split()[0],
-        "machine": platform.machine(),
-        "processors": len(os.sched_getaffinity(0)),
-        "rows": [row.as_json() for row in rows],
-    }
-    path = RESULTS / f"{now:%Y%m%dT%H%M%SZ}.json"
+@attrs.frozen(kw_only=True)
+class Machine:
+    """Where and when it was measured. The load averages (getloadavg(3)) tell who else was at work."""
+
+    at: datetime
+    python: str
+    processor: str
+    processors: int
+    memory_mb: int
+    load_before: float
+    load_after: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.at:%Y-%m-%d %H:%M} UTC, Python {self.python}, {self.processors} x {self.processor},"
+            f" {self.memory_mb / 1024:.0f} GiB; load average {self.load_before:.1f} before, {self.load_after:.1f} after"
+        )
+
+
+def this_machine(load_before: float) -> Machine:
+    """Say where this program runs."""
+    model = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return Machine(
+        at=datetime.now(UTC),
+        python=platform.python_version(),
+        processor=model[1] if model else platform.machine(),
+        processors=len(os.sched_getaffinity(0)),
+        memory_mb=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
+        load_before=load_before,
+        load_after=os.getloadavg()[0],
+    )
+
+
+def write_json(rows: Sequence[Row], machine: Machine, path: Path | None = None) -> Path:
+    """Write the rows and what they were measured on to *path*, or to a file of their own; return where."""
+    if path is None:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{machine.at:%Y%m%dT%H%M%SZ}.json"
+    about = attrs.asdict(machine) | {"at": machine.at.isoformat(), "argv": sys.argv[1:]}
+    document = about | {"rows": [row.as_json() for row in rows]}
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def read_json(path: Path) -> tuple[list[Row], str]:
+    """Read what :func:`write_json` wrote: the rows, without their bounds, and when they were measured.
+
+    Raises:
+        KeyError, TypeError, ValueError: it was not written by this version.
+        OSError: it cannot be read.
+    """
+    document = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        Row(scenario=row["scenario"], measure=row["measure"], unit=row["unit"], values=row["rounds"])
+        for row in document["rows"]
+    ]
+    return rows, f"{document['at'][:10]}, Python {document['python']}, {document['processors']} processors"

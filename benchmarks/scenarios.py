@@ -1,181 +1,152 @@
-"""The scenarios: which contenders meet which load, and what is wanted of comfyd.
+"""The scenarios of many small prompts, and the list of all: which contenders meet which load, and what is wanted."""
 
-Contenders take turns within a round, and rounds repeat, so that whatever else the machine does meets them alike.
-"""
-
-import os
-import statistics
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from benchmarks.effort import FULL, QUICK, Effort, Numbers, ours
+from benchmarks.contenders import open_contenders, small_prompts
+from benchmarks.effort import Effort, Numbers, ours, percentile
+from benchmarks.large_scenarios import LARGE_SCENARIOS
 from benchmarks.load import Load
 from benchmarks.media_scenarios import MEDIA_SCENARIOS
-from benchmarks.processes import (
-    COUNTING,
-    EMBEDDED,
-    Cores,
-    EngineKind,
-    comfyd,
-    engine_alone,
-    peer,
-    real_comfyui,
-    requests_of,
-)
-from benchmarks.report import Bound, Row
+from benchmarks.processes import COUNTING, EMBEDDED, Cores, EngineKind, comfyd, real_comfyui, requests_of
+from benchmarks.report import Bound, Row, Values
+from benchmarks.webhook_scenarios import WEBHOOK_SCENARIOS
+
+PARTS: Final = {"median": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 def one_client(effort: Effort) -> list[Row]:
     """One prompt after the other on an engine that costs nothing: what comfyd adds, seen at its largest."""
-    return [
-        _alternate(
-            "one-client", EMBEDDED, Cores.shared_out(), "tiny", effort, effort.prompts(300), Bound(limit=3, ratio=True)
-        )
-    ]
+    half = Bound(limit=0.5, ratio=True, to="peer")
+    bounds = {"median": (Bound(limit=3, ratio=True),), "added at median": (half,), "added at p90": (half,)}
+    return _one_after_the_other(
+        "one-client", EMBEDDED, Cores.shared_out(), "tiny", effort, effort.prompts(1000), bounds
+    )
 
 
 def real_client(effort: Effort) -> list[Row]:
     """One prompt after the other on ComfyUI, a picture of 512 px that must be computed. Needs COMFYUI_DIR."""
     with tempfile.TemporaryDirectory(prefix="comfyd-bench-") as front:
+        # What pings GET / for readiness wants an answer, and nobody wants the real front end.
+        Path(front, "index.html").write_text("<!doctype html><title>no front end</title>", encoding="utf-8")
         kind = real_comfyui(Path(front))
         if kind is None:
             return []
-        bound = Bound(limit=1.35, ratio=True)
-        return [
-            _alternate(
-                "real-client", kind, Cores.everywhere(), "picture", effort, effort.prompts(100), bound, with_peer=True
-            )
-        ]
+        bounds = {
+            "median": (Bound(limit=1.35, ratio=True),),
+            "p90": (Bound(limit=0.4, ratio=True, to="peer"),),
+        }
+        prompts = effort.prompts(100)
+        return _one_after_the_other("real-client", kind, Cores.everywhere(), "picture", effort, prompts, bounds)
 
 
-def _alternate(
+def _one_after_the_other(
     name: str,
     kind: EngineKind,
     cores: Cores,
     graph: str,
     effort: Effort,
     prompts: int,
-    bound: Bound,
-    *,
-    with_peer: bool = False,
-) -> Row:
-    numbers = Numbers()
-    latencies: dict[str, list[float]] = {}
-    with ExitStack() as stack:
-        contenders = {
-            "raw": stack.enter_context(engine_alone(kind, cores)),
-            "comfyd": stack.enter_context(comfyd(kind, cores)),
-        }
-        if with_peer and os.environ.get("PEER_COMMAND"):
-            contenders["peer"] = stack.enter_context(peer(cores))
-        for turn in range(effort.rounds + 1):
-            for contender, server in contenders.items():
-                load = Load(
-                    mode="raw" if contender == "raw" else "prompts",
-                    url=server.url,
-                    graph=graph,
-                    total=prompts,
-                    first=numbers.take(prompts),
-                )
-                measured = server.run(load)
-                if turn > 0:  # the first is for warming up
-                    latencies.setdefault(contender, []).append(statistics.median(measured.latencies_ms))
-    return Row(scenario=name, measure="median latency", unit="ms", values=latencies, bound=bound)
+    bounds: Mapping[str, tuple[Bound, ...]],
+) -> list[Row]:
+    """Measure latencies, and what each adds to the raw client's of the same round."""
+    numbers, values = Numbers(), Values(name)
+    with open_contenders(kind, cores, raw=True) as contenders:
+        latencies: dict[tuple[int, str], list[float]] = {}
+        for turn, contender, server in contenders.in_turn(effort.rounds):
+            load = Load(
+                mode=small_prompts(contender), url=server.url, graph=graph, total=prompts, first=numbers.take(prompts)
+            )
+            if (measured := contenders.run(contender, load)) and turn > 0:
+                latencies[turn, contender] = measured.latencies_ms
+    for (turn, contender), found in latencies.items():
+        for part, of in PARTS.items():
+            value = percentile(found, of)
+            values.add(part, contender, value)
+            if contender != "raw":
+                values.add(f"added at {part}", contender, value - percentile(latencies[turn, "raw"], of))
+    measures = [*PARTS, *(f"added at {part}" for part in PARTS)]
+    return [values.row(measure, "ms", *bounds.get(measure, ())) for measure in measures]
 
 
 def in_flight(effort: Effort) -> list[Row]:
-    """500 callers wait at the same time, on an engine that costs nothing."""
-    numbers, prompts, callers = Numbers(), effort.prompts(2000), 500
-    rates: dict[str, list[float]] = {"raw": [], "comfyd": []}
-    growth: list[float] = []
-    processor: list[float] = []
-    cores = Cores.shared_out()
-    with engine_alone(EMBEDDED, cores) as raw, comfyd(EMBEDDED, cores) as daemon:
-        daemon.run(Load(mode="prompts", url=daemon.url, graph="tiny", total=50, first=numbers.take(50)))
-        raw.run(Load(mode="raw", url=raw.url, graph="tiny", total=50, first=numbers.take(50)))
-        before_mb = daemon.rss_mb()
-        for _ in range(effort.rounds):
-            for contender, server in (("raw", raw), ("comfyd", daemon)):
-                server.forget_peak()
-                load = Load(
-                    mode="raw" if contender == "raw" else "prompts",
-                    url=server.url,
-                    graph="tiny",
-                    total=prompts,
-                    in_flight=callers,
-                    first=numbers.take(prompts),
-                )
-                used_s = server.cpu_s()
-                measured = server.run(load)
-                if server is daemon:
-                    processor.append((server.cpu_s() - used_s) * 1000 / prompts)
-                rates[contender].append(len(measured.latencies_ms) / measured.elapsed_s)
-            growth.append(daemon.peak_rss_mb() - before_mb)
-    return [
-        Row(
-            scenario="in-flight",
-            measure="500 callers",
-            unit="prompts/s",
-            values=rates,
-            bound=Bound(limit=0.3, ratio=True, at_least=True),  # 300 where a raw client has 1,000
-        ),
-        ours("in-flight", "processor time of the daemon", "ms/prompt", processor, Bound(limit=3.3)),
-        ours("in-flight", "growth of RSS", "MB", growth, Bound(limit=60)),
-    ]
+    """32 callers, then 500, wait at the same time, on an engine that costs nothing; for the 32 it takes 5 ms."""
+    to_peer: dict[int, dict[str, Bound]] = {
+        32: {"processor": Bound(limit=0.7, ratio=True, to="peer")},
+        500: {
+            "prompts": Bound(limit=2.5, ratio=True, to="peer", at_least=True),
+            "growth": Bound(limit=0.5, ratio=True, to="peer"),
+        },
+    }
+    alone: dict[int, dict[str, Bound]] = {
+        32: {},
+        500: {
+            "prompts": Bound(limit=0.3, ratio=True, at_least=True),  # 300 where a raw client has 1,000
+            "processor": Bound(limit=3.3),
+            "growth": Bound(limit=60),
+        },
+    }
+    rows = []
+    for callers in (32, 500):
+        # With 500 the engine's queue is long enough for a peer to learn the id of a prompt before that ends.
+        values = _many_at_once(effort, callers, "brief" if callers == 32 else "tiny")
+        units = {"prompts": "per s", "processor": "ms/prompt", "growth": "MB"}
+        for measure, unit in units.items():
+            wanted = [bounds[callers][measure] for bounds in (alone, to_peer) if measure in bounds[callers]]
+            rows.append(values.row(f"{callers} callers, {measure}", unit, *wanted))
+    return rows
 
 
-def large_output(effort: Effort) -> list[Row]:
-    """An output of 200 MB goes to one client, while others ask the probe and run small prompts."""
-    numbers = Numbers()
-    growth: list[float] = []
-    probes: list[float] = []
-    beside: list[float] = []
-    rate: list[float] = []
-    with comfyd(EMBEDDED, Cores.shared_out()) as server:
-        warm = server.run(Load(mode="prompts", url=server.url, graph="tiny", total=100, first=numbers.take(100)))
-        usual_ms = statistics.median(warm.latencies_ms)
-        for _ in range(effort.rounds):
-            before_mb = server.rss_mb()
+def _many_at_once(effort: Effort, callers: int, graph: str) -> Values:
+    numbers, prompts, values = Numbers(), effort.prompts(2000), Values("in-flight")
+    with open_contenders(EMBEDDED, Cores.shared_out(), raw=True) as contenders:
+        before_mb: dict[str, float] = {}
+        for turn, contender, server in contenders.in_turn(effort.rounds):
             server.forget_peak()
-            measured = server.run(Load(mode="large", url=server.url, graph="large", first=numbers.take(10_000)))
-            growth.append(server.peak_rss_mb() - before_mb)
-            probes.append(max(measured.probes_ms))
-            rate.append(200 / (measured.latencies_ms[0] / 1000))
-            if measured.beside_ms:
-                beside.append(max(measured.beside_ms) - usual_ms)
-    within = Bound(limit=50)
-    return [
-        ours("large-output", "growth of RSS", "MB", growth, Bound(limit=40)),
-        ours("large-output", "longest delay of a probe", "ms", probes, within),
-        ours("large-output", "longest delay of a prompt", "ms", beside, within),
-        ours("large-output", "speed, run and delivered", "MB/s", rate, None),
-    ]
+            used_s = server.cpu_s()
+            # To warm up, a few prompts one by one: what 500 at once leave behind belongs to what is measured.
+            total, at_once = (50, 1) if turn == 0 else (max(prompts, callers), callers)
+            load = Load(mode=small_prompts(contender), url=server.url, graph=graph, total=total, in_flight=at_once)
+            load.first = numbers.take(total)
+            measured = contenders.run(contender, load)
+            if measured is None:
+                continue
+            if turn == 0:
+                before_mb[contender] = server.rss_mb()
+                continue
+            values.add(f"{callers} callers, prompts", contender, total / measured.elapsed_s)
+            if contender != "raw":  # whose server is the engine
+                used_ms = (server.cpu_s() - used_s) * 1000
+                values.add(f"{callers} callers, processor", contender, used_ms / total)
+                values.add(f"{callers} callers, growth", contender, server.peak_rss_mb() - before_mb[contender])
+    return values
 
 
 def start(effort: Effort) -> list[Row]:
     """From starting the program to ready, and what it then holds in memory."""
-    started: dict[str, list[float]] = {"raw": [], "comfyd": []}
-    beyond: list[float] = []
-    idle: list[float] = []
-    used: list[float] = []
-    cores = Cores.everywhere()
+    values, cores = Values("start"), Cores.everywhere()
     for _ in range(effort.rounds):
-        with engine_alone(EMBEDDED, cores) as raw:
-            started["raw"].append(raw.started_in_s)
-        with comfyd(EMBEDDED, cores) as server:
-            started["comfyd"].append(server.started_in_s)
-            idle.append(server.rss_mb())
-            server.run(Load(mode="prompts", url=server.url, graph="tiny", total=100))
-            used.append(server.rss_mb())
-        beyond.append(started["comfyd"][-1] - started["raw"][-1])
+        # All of them start one after the other, and each stops before the next begins.
+        with open_contenders(EMBEDDED, cores, raw=True) as contenders:
+            engine_s = contenders.servers["raw"].started_in_s
+            for contender, server in contenders.servers.items():
+                values.add("start to ready", contender, server.started_in_s)
+                if contender == "raw":
+                    continue
+                values.add("beyond the engine's own", contender, server.started_in_s - engine_s)
+                values.add("idle RSS", contender, server.rss_mb())
+            for contender, server in list(contenders.servers.items()):
+                if contender != "raw":
+                    contenders.run(contender, Load(mode="prompts", url=server.url, graph="tiny", total=100))
+                    values.add("RSS after 100 prompts", contender, server.rss_mb())
+    third, most = Bound(limit=0.3, ratio=True, to="peer"), Bound(limit=0.7, ratio=True, to="peer")
     return [
-        Row(scenario="start", measure="start to ready", unit="s", values=started),
-        ours("start", "beyond the engine's own", "s", beyond, Bound(limit=0.5)),
-        ours("start", "idle RSS", "MB", idle, Bound(limit=90)),
-        ours("start", "RSS after 100 prompts", "MB", used, None),
+        values.row("start to ready", "s"),
+        values.row("beyond the engine's own", "s", Bound(limit=0.5), third),
+        values.row("idle RSS", "MB", Bound(limit=90), most),
+        values.row("RSS after 100 prompts", "MB"),
     ]
 
 
@@ -205,9 +176,8 @@ SCENARIOS: Final[dict[str, Callable[[Effort], list[Row]]]] = {
     "one-client": one_client,
     "real-client": real_client,
     "in-flight": in_flight,
-    "large-output": large_output,
+    **LARGE_SCENARIOS,
     "questions": questions,
     **MEDIA_SCENARIOS,
+    **WEBHOOK_SCENARIOS,
 }
-
-__all__ = ["FULL", "QUICK", "SCENARIOS", "Effort"]

@@ -117,6 +117,13 @@ class HttpConnection:
             self._received.clear()
 
 
+def ask_once(url: str, data: bytes) -> Answer:
+    """Send one request over a connection of its own, and wait for its answer."""
+    connection = HttpConnection.open(url)
+    with connection.socket:
+        return connection.ask(data)
+
+
 @attrs.define(eq=False)
 class WebSocket:
     """The client end of a websocket that sends one message and then only listens."""

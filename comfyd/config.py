@@ -194,6 +194,8 @@ class LogConfig:
 
     level: Literal["trace", "debug", "info", "warn", "error", "fatal"] = "info"
     format: Literal["json", "text"] = "json"
+    loop_stall_ms: int = 0
+    """A step of the loop that takes so long is logged with its stack; 0: none is."""
 
 
 Origin = Literal["environment", "default", "--embedded"]

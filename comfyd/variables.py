@@ -573,6 +573,13 @@ VARIABLES: Final[tuple[Variable, ...]] = (
         meaning="least important level that is logged",
     ),
     Variable(
+        name="LOOP_STALL_MS",
+        kind=whole_number(0, 60_000),
+        target="log.loop_stall_ms",
+        default="0",
+        meaning="for debugging: milliseconds from which a step of comfyd's own loop is logged with its stack; 0 is off",
+    ),
+    Variable(
         name="LOG_FORMAT",
         kind=choice("json", "text"),
         target="log.format",

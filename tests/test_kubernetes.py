@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from comfyd.config import EngineConfig, HttpConfig, JobsConfig
-from comfyd.daemon import HTTP_STOP_GRACE_S
+from comfyd.services import HTTP_STOP_GRACE_S
 from comfyd.storage.s3_config import S3Config
 from comfyd.variables import VARIABLES
 

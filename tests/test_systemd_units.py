@@ -12,10 +12,10 @@ from typing import Final
 import pytest
 
 from comfyd.config import load_config
-from comfyd.daemon import HTTP_STOP_GRACE_S
 from comfyd.engine.process import GUARD_WAIT_S, KILL_WAIT_S, LEFTOVERS_WAIT_S
 from comfyd.host.notify import EXTEND_EVERY_S
 from comfyd.http.server.sockets import KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES
+from comfyd.services import HTTP_STOP_GRACE_S
 from comfyd.variables import VARIABLES
 
 UNITS: Final = Path(__file__).parent.parent / "systemd"

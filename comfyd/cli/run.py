@@ -9,7 +9,7 @@ from typing import Any, Final
 import structlog
 import trio
 
-from comfyd.config import load_config
+from comfyd.config import LogConfig, load_config
 from comfyd.daemon import EXIT_GAVE_UP, run_daemon
 from comfyd.errors import BadConfiguration, StartupFailed
 from comfyd.host.logging import configure_logging, register_secrets_of
@@ -47,7 +47,7 @@ def run_command(options: argparse.Namespace) -> int:
     configure_logging(config.log)
     register_secrets_of(environ)
     try:
-        return trio.run(run_daemon, config, environ, inherited)
+        return trio.run(run_daemon, config, environ, inherited, instruments=_instruments(config.log))
     except Exception as exc:  # the outermost boundary: what is not a start-up failure is a bug
         failures = _leaves(exc)
         if all(isinstance(failure, StartupFailed) for failure in failures):
@@ -55,6 +55,15 @@ def run_command(options: argparse.Namespace) -> int:
             return EXIT_GAVE_UP
         log.exception("daemon.bug")
         return EXIT_BUG
+
+
+def _instruments(config: LogConfig) -> list[trio.abc.Instrument]:
+    if not config.loop_stall_ms:
+        return []
+    from comfyd.host.stall_guard import StallGuard, StallLimits, log_stall
+
+    limit_s = config.loop_stall_ms / 1000
+    return [StallGuard(log_stall, StallLimits(computing_s=limit_s, waiting_s=limit_s))]
 
 
 def _leaves(exc: BaseException) -> list[BaseException]:
