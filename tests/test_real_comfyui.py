@@ -126,7 +126,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     with running_daemon(folder, ALWAYS_RESTART_COMFYUI="true") as running:
         yield running
     assert running.process.returncode == 0
-    assert not [entry for entry in running.log if entry.get("level") in {"error", "fatal"}]
+    errors = [entry for entry in running.log if entry.get("level") in {"error", "fatal"}]
+    assert not [entry for entry in errors if entry["event"] != "engine.output"]  # those are ComfyUI's own
 
 
 @pytest.fixture
