@@ -12,6 +12,7 @@ from comfyd.http.asgi import Exchange, by_method, send_json, wants_async
 from comfyd.http.submission import Submission, digest_of, receive_parsed, submit_and_answer
 from comfyd.jobs import JobService, Request
 from comfyd.jobs.failures import invalid_request
+from comfyd.jobs.records import presentable
 from comfyd.jobs.request import parse_workflow_request
 from comfyd.wire import decode_json, encode_json, nearest, quoted
 from comfyd.workflows import Built, Workflow, WorkflowCatalogue, WorkflowFailed, Workflows
@@ -21,6 +22,8 @@ log = structlog.get_logger("comfyd.http")
 
 PREFIXES: Final = ("/workflow/", "/workflows/")
 """The peer's route, and the one that its README writes."""
+_LONGEST_INPUT: Final = 1 << 16
+"""Characters of one input that are repeated: prompts are shorter, and pictures longer."""
 _STALE_S: Final = 2.0
 """How old what we know of the engine may be before a name is refused as unknown: it may have just been added."""
 
@@ -71,10 +74,12 @@ class WorkflowsEndpoint:
         parse = partial(_parse, respond_async=wants_async(exchange.scope))
         said = await receive_parsed(exchange, self.max_body_bytes, parse)
         built = await self._build(workflow, said.input)
-        request = attrs.evolve(said.request, prompt=built.prompt, echo={**said.request.echo, "input": built.input})
+        # It is told with the result, to webhooks too: a picture of 100 MB and a URL's password are not for them.
+        told = presentable(built.input, _LONGEST_INPUT)
+        request = attrs.evolve(said.request, prompt=built.prompt, echo={**said.request.echo, "input": told})
         body = None
         if request.detached:
-            body = encode_json({**said.fields, "prompt": built.prompt, "input": built.input})
+            body = encode_json({**said.fields, "prompt": built.prompt, "input": told})
         submission = Submission(request=request, digest=said.digest, body=body, workflow=workflow.route)
         await submit_and_answer(self.service, exchange, submission)
 

@@ -102,7 +102,8 @@ class Preparer:
             if job.folder is not None:
                 remove_folder(job.folder)
             if job.request.keeps_outputs:
-                outputs = job.outcome.outputs if isinstance(job.outcome, Success) else ()
+                # Decided, and perhaps still on its way to the disk: what it tells of must be there.
+                outputs = job.decided.outputs if isinstance(job.decided, Success) else ()
                 self.kept.only(job.key, {output.path for output in outputs})
             try:
                 made = {
@@ -119,4 +120,4 @@ class Preparer:
 
 def _may_have_left_more(job: Job) -> bool:
     """Whether *job* may have written files that no node reported: it ran, and did not simply succeed."""
-    return job.attempts > 0 and not (isinstance(job.outcome, Success) and job.attempts == 1)
+    return job.attempts > 0 and not (isinstance(job.decided, Success) and job.attempts == 1)

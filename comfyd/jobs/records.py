@@ -114,14 +114,14 @@ def decode_made(data: bytes) -> MadeRecord:
     )
 
 
-def presentable(value: Any) -> Any:
-    """A copy of a graph that may be told to others: no passwords in URLs, and no text longer than a person reads."""
+def presentable(value: Any, longest: int = _LONGEST_ECHO) -> Any:
+    """A copy of *value* that may be told to others: no passwords in URLs, and no text longer than *longest*."""
     if isinstance(value, Mapping):
-        return {key: presentable(item) for key, item in value.items()}
+        return {key: presentable(item, longest) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [presentable(item) for item in value]
+        return [presentable(item, longest) for item in value]
     if isinstance(value, str):
-        if len(value) > _LONGEST_ECHO:
+        if len(value) > longest:
             return f"{mask_urls(value[:64])}... ({len(value)} characters)"
         return mask_urls(value)
     return value

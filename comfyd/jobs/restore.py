@@ -126,8 +126,13 @@ def _read(row: JobRow) -> Unfinished:
         graph=encode_json(request.prompt),
     )
     job.request = attrs.evolve(request, prompt={})
+    record = None
     if row.made is not None and unreadable is None:
-        record = decode_made(row.made)
+        try:
+            record = decode_made(row.made)
+        except (InvalidValue, KeyError, TypeError, ValueError) as exc:  # it runs once more then
+            log.error("job.made_unreadable", job_id=row.id, reason=repr(exc))  # noqa: TRY400  # its own story
+    if record is not None:
         job.state = JobState.DELIVERING
         job.made = True
         job.graph = {node_id: dict(node) for node_id, node in record.graph.items()}

@@ -37,11 +37,12 @@ class Retention:
 
     async def serve(self) -> NoReturn:
         """Look every minute, until cancelled. What a killed daemon left behind of forgotten jobs goes first."""
-        swept = await trio.to_thread.run_sync(self.kept.sweep, await self.journal.known_keys(), limiter=_REMOVING)
-        if swept:
-            log.info("retention.swept", folders=swept)
+        swept = False
         while True:
             try:
+                if not swept:
+                    await self._sweep()
+                    swept = True
                 await self._forget_expired()
             except JournalUnavailable as exc:
                 log.warning("retention.not_possible", reason=str(exc))
@@ -51,6 +52,14 @@ class Retention:
                     self._woken = trio.Event()
                     keys, self._removed = self._removed, []
                     await trio.to_thread.run_sync(self.kept.remove, keys, limiter=_REMOVING)
+
+    async def _sweep(self) -> None:
+        # In this order: a job that comes meanwhile is known before anything is kept of it.
+        kept = await trio.to_thread.run_sync(self.kept.keys, limiter=_REMOVING)
+        nobodys = kept - await self.journal.known_keys()
+        if nobodys:
+            log.info("retention.swept", folders=len(nobodys))
+            await trio.to_thread.run_sync(self.kept.remove, nobodys, limiter=_REMOVING)
 
     async def _forget_expired(self) -> None:
         while gone := await self.journal.forget_expired(

@@ -208,12 +208,13 @@ class Runner:
     async def _keep_and_deliver(self, job: Job, execution: Completed, outputs: tuple[OutputFile, ...]) -> None:
         if job.request.keeps_outputs and outputs:
             try:
-                outputs = await trio.to_thread.run_sync(self.kept.keep, job.key, outputs, limiter=self._collecting)
+                with trio.CancelScope() as job.scope:  # or it is cleaned up while its files are still on their way
+                    outputs = await trio.to_thread.run_sync(self.kept.keep, job.key, outputs, limiter=self._collecting)
             except OSError as exc:  # the disk is full, or gone: this job's end, and not the daemon's
                 log.error("job.outputs_not_kept", reason=str(exc))  # noqa: TRY400  # a full story in one line
                 detail = f"the outputs could not be moved to where they are kept: {exc.strerror}"
                 self._fail(job, Failure(kind=FailureKind.INTERNAL, detail=detail))
-                return
+            job.scope = None
         if job.over:  # cancelled meanwhile
             self.service.clean_if_done(job)
             return

@@ -397,8 +397,11 @@ class JobService:
         self.cancel(job, Failure(kind=FailureKind.TIMEOUT, detail=detail))
 
     def engine_gone(self, reason: str) -> None:
-        """No engine will come back: tell every job."""
-        self.cancel_all(Failure(kind=FailureKind.ENGINE_CRASHED, detail=f"ComfyUI is gone: {reason}"))
+        """No engine will come back: tell every job that still needs one. What was made is delivered all the same."""
+        failure = Failure(kind=FailureKind.ENGINE_CRASHED, detail=f"ComfyUI is gone: {reason}")
+        for job in list(self._known.values()):
+            if job.state is not JobState.DELIVERING:
+                self.cancel(job, failure)
 
     def abandon_all(self) -> None:
         """Hand every job that is left to the cleaning task: nobody works on any of them any more.

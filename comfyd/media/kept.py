@@ -71,13 +71,11 @@ class KeptOutputs:
                 if path.is_file() and path not in paths:
                     path.unlink(missing_ok=True)
 
-    def sweep(self, known: Collection[str]) -> int:
-        """Remove the outputs of jobs that are not *known* (by key); say how many folders that were."""
+    def keys(self) -> frozenset[str]:
+        """The keys of the jobs of which something is kept."""
         if not self.root.is_dir():
-            return 0
-        unknown = [entry for entry in os.listdir(self.root) if entry not in known and not entry.startswith(".")]
-        self.remove(unknown)
-        return len(unknown)
+            return frozenset()
+        return frozenset(entry for entry in os.listdir(self.root) if not entry.startswith("."))
 
     def close(self) -> None:
         """Remove the folder if nothing is in it, or nobody could ask for what is in it after this daemon's end."""

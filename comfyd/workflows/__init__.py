@@ -1,7 +1,7 @@
 """Named workflows: files below ``WORKFLOW_DIR`` as endpoints with typed inputs. Knows no HTTP."""
 
 from comfyd.workflows.catalogue import WorkflowCatalogue, WorkflowProblem, load_catalogue
-from comfyd.workflows.fields import InputField, markdown_table
+from comfyd.workflows.fields import InputField
 from comfyd.workflows.live import LiveInfo
 from comfyd.workflows.model import Built, Workflow, WorkflowFailed
 from comfyd.workflows.serve import Workflows, serve_workflows
@@ -16,6 +16,5 @@ __all__ = [
     "WorkflowProblem",
     "Workflows",
     "load_catalogue",
-    "markdown_table",
     "serve_workflows",
 ]

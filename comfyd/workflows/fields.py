@@ -213,17 +213,3 @@ _BOUNDS: Final = (
 def _bounds_text(prop: Mapping[str, Any]) -> str:
     members = [member for member in (prop, *prop.get("anyOf", ())) if MEDIA not in member]  # of media it says nothing
     return ", ".join(words.format(member[key]) for key, words in _BOUNDS for member in members if key in member)
-
-
-def markdown_table(fields: Iterable[InputField]) -> str:
-    """Show the inputs as a Markdown table, for the docs."""
-    rows = ["| Field | Type | Description | Default |", "|---|---|---|---|"]
-    for field in fields:
-        default = f"`{field.default}`" if field.default else "*required*" if field.required else ""
-        kind = f"{field.type}, {field.bounds}" if field.bounds else field.type
-        rows.append("| " + " | ".join(map(_cell, (f"`{field.name}`", kind, field.description, default))) + " |")
-    return "\n".join(rows)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())

@@ -226,6 +226,16 @@ async def test_what_is_cut_at_once_is_put_aside_as_well() -> None:
     assert service.get("job") is None
 
 
+async def test_when_the_engine_is_gone_what_was_made_is_still_delivered() -> None:
+    service = make_service()
+    made, waiting = promised(service, "made"), promised(service, "waiting")
+    begin(service, made)
+    made.move(JobState.DELIVERING)
+    service.engine_gone("it exited")
+    assert outcome_of(made) is None
+    assert isinstance(outcome_of(waiting), Failure)
+
+
 # Starting again
 
 
@@ -329,6 +339,14 @@ async def test_what_was_made_is_delivered_without_an_engine_and_not_run_again(tm
     assert execution.times == TIMES
     assert (job.state, job.clock.engine_s, job.made) == (JobState.DELIVERING, 2.0, True)
     assert len(service.queue) == 0
+
+
+async def test_what_a_job_had_made_and_nobody_can_read_is_made_once_more() -> None:
+    service = make_service()
+    runner = await restore(service, row(attempts=1, made=b'{"graph": {}}'))
+    job = service.get("job")
+    assert job is not None
+    assert (runner.delivered, job.state) == ([], JobState.QUEUED)
 
 
 async def test_a_deadline_goes_on_running_while_comfyd_is_away() -> None:

@@ -1,22 +1,6 @@
 """The tables and messages that are made from a schema."""
 
-from comfyd.workflows import InputField, markdown_table
 from comfyd.workflows.fields import fields_of, nearest_ones
-
-
-def test_a_table_escapes_what_would_end_a_cell_and_tells_what_is_required() -> None:
-    fields = (
-        InputField(name="a", type="integer", required=True, default="", description="x | y\nz", bounds=">= 1"),
-        InputField(name="b", type="string", required=False, default='"q"', description="", bounds=""),
-        InputField(name="c", type="string", required=False, default="", description="", bounds=""),
-    )
-    assert markdown_table(fields).splitlines() == [
-        "| Field | Type | Description | Default |",
-        "|---|---|---|---|",
-        "| `a` | integer, >= 1 | x \\| y z | *required* |",
-        '| `b` | string |  | `"q"` |',
-        "| `c` | string |  |  |",
-    ]
 
 
 def test_types_are_named_as_a_caller_would() -> None:
