@@ -18,6 +18,7 @@ from comfyd.cli.submit.body import Attachments, Body
 from comfyd.cli.submit.errors import BadUse, JobFailed, Refused
 from comfyd.cli.submit.files import OutputFolder, numbered, safe_name
 from comfyd.cli.submit.graph import find_place, read_request, set_input, value_of
+from comfyd.cli.submit.show import Display
 from comfyd.cli.submit.words import place_words, problem_lines, progress_words
 from comfyd.wire import decode_json, encode_json
 
@@ -411,3 +412,12 @@ def test_clearing_leaves_an_empty_line_to_write_in() -> None:
     bar.clear()
     bar.close()
     assert terminal.getvalue().endswith("\r\x1b[2K")
+
+
+def test_a_line_of_progress_waits_for_the_node_that_it_is_about() -> None:
+    err = io.StringIO()
+    display = Display(err=err)
+    running = {"state": "running", "percent": 33.3, "node_title": None, "step": None, "steps": None}
+    display.watch(ServerEvent(name="progress", data={**running, "node_id": None}))
+    display.watch(ServerEvent(name="progress", data={**running, "node_id": "2", "node_title": "A rest"}))
+    assert err.getvalue() == "   33.3 %  A rest\n"

@@ -62,7 +62,9 @@ class Display:
                 if self._state != "running":  # which the lines with percentages tell
                     self.note(words)
                     return
-            if isinstance(percent, int | float) and (self._bar.is_drawn_over or self._state == "running"):
+            # A line is not written for each percent: one without a node would stand for the next, which names it.
+            worth_a_line = self._state == "running" and event.data.get("node_id") is not None
+            if isinstance(percent, int | float) and (self._bar.is_drawn_over or worth_a_line):
                 self._bar.update(float(percent), words)
         elif event.name == "result":
             if "outputs" in event.data and not self._bar.is_drawn_over:
