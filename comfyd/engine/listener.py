@@ -7,15 +7,18 @@ then stays open and receives nothing for ever (ComfyUI 0.3.64, ``server.py``, we
 
 import uuid
 from collections.abc import Callable
-from typing import Final, Protocol
+from contextlib import ExitStack
+from typing import Final, NoReturn, Protocol
+from urllib.parse import urlsplit
 
 import attrs
 import h11
 import structlog
 import trio
-from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, open_websocket_url
+from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, wrap_client_stream
 from wsproto.utilities import ProtocolError
 
+from comfyd.engine.frame_sieve import FrameSieve
 from comfyd.engine.messages import EngineEvent, UnreadableFrame, parse_event
 
 log = structlog.get_logger("comfyd.engine")
@@ -25,8 +28,8 @@ MAX_MESSAGE_BYTES: Final = 256 * 1024 * 1024
 """A bound, not an expectation: ``executed`` can carry large texts and previews whole pictures; beyond this a frame is
 taken for an attack on our memory and the connection is closed and opened again."""
 MESSAGE_QUEUE: Final = 256
-"""Frames between the socket's reader and us. We never wait on anything while handling a frame, so it only smooths
-bursts; if it is full the socket waits, and nothing is lost."""
+"""Messages that come by way of trio-websocket, and wait for us. We never wait on anything while handling one, so it
+only smooths bursts; if it is full the socket waits, and nothing is lost."""
 PING_INTERVAL_S: Final = 10.0
 PING_TIMEOUT_S: Final = 20.0
 CONNECT_TIMEOUT_S: Final = 10.0
@@ -113,41 +116,76 @@ async def serve_listener(
 async def _listen_once(
     url: str, client_id: str, receiver: Receiver, times: ListenerTimes, established: Callable[[], None]
 ) -> None:
-    async with open_websocket_url(
-        url,
-        connect_timeout=times.connect_timeout_s,
-        disconnect_timeout=1,
-        receive_buffer_size=RECEIVE_BUFFER_BYTES,
-        max_message_size=MAX_MESSAGE_BYTES,
-        message_queue_size=MESSAGE_QUEUE,
-    ) as socket:
-        await socket.send_message(_FEATURE_FLAGS)
-        # ComfyUI registers the client id before its first message, a "status"; only from then on is a prompt that is
-        # submitted with this id sure to be heard.
-        with trio.fail_after(times.connect_timeout_s):
-            first_frame = await socket.get_message()
-        receiver.connected(client_id)
+    address = urlsplit(url)
+    hearing = _Hearing(client_id, receiver, established)
+    with ExitStack() as stack:
+        stack.callback(hearing.end)
+        async with trio.open_nursery() as nursery:
+            with trio.fail_after(times.connect_timeout_s):
+                tcp = await trio.open_tcp_stream(address.hostname or "", address.port or 80)
+                stream = FrameSieve(tcp, hearing, MAX_MESSAGE_BYTES)
+                stack.callback(stream.close)  # trio-websocket leaves it open where the handshake comes to nothing
+                socket = await wrap_client_stream(
+                    nursery,
+                    stream,  # type: ignore[arg-type]  # any stream will do, and is handed to the connection as it is
+                    address.netloc,
+                    f"{address.path}?{address.query}",
+                    receive_buffer_size=RECEIVE_BUFFER_BYTES,
+                    max_message_size=MAX_MESSAGE_BYTES,
+                    message_queue_size=MESSAGE_QUEUE,
+                )
+                await socket.send_message(_FEATURE_FLAGS)
+                nursery.start_soon(_hear_the_rest, socket, hearing)
+                await hearing.greeted.wait()
+            await _keep_pinging(socket, times)
+
+
+@attrs.define(eq=False)
+class _Hearing:
+    """What one connection says, on its way to the receiver."""
+
+    client_id: str
+    receiver: Receiver
+    established: Callable[[], None]
+    greeted: trio.Event = attrs.field(factory=trio.Event)
+    """Whether the engine has said its first message, a "status". It registers the client id before, so only from then
+    on is a prompt that is submitted with this id sure to be heard."""
+
+    def text(self, message: str | memoryview) -> None:
+        """A text message has arrived."""
+        self._greet()
         try:
-            established()
-            _hear(receiver, first_frame)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_keep_pinging, socket, times)
-                while True:
-                    _hear(receiver, await socket.get_message())
-        finally:
-            receiver.disconnected()
+            event = parse_event(message)
+        except UnreadableFrame as exc:
+            log.warning("engine.frame_ignored", reason=str(exc), size_bytes=len(message))
+            return
+        self.receiver.received(event)
+
+    def binary(self, message: bytes | memoryview) -> None:
+        """A binary message has arrived."""
+        self._greet()
+        self.receiver.received_binary(bytes(message))
+
+    def _greet(self) -> None:
+        if not self.greeted.is_set():
+            self.greeted.set()
+            self.receiver.connected(self.client_id)
+            self.established()
+
+    def end(self) -> None:
+        """Nothing more will be heard."""
+        if self.greeted.is_set():
+            self.receiver.disconnected()
 
 
-def _hear(receiver: Receiver, frame: str | bytes) -> None:
-    if isinstance(frame, bytes):
-        receiver.received_binary(frame)
-        return
-    try:
-        event = parse_event(frame)
-    except UnreadableFrame as exc:
-        log.warning("engine.frame_ignored", reason=str(exc), size_bytes=len(frame))
-        return
-    receiver.received(event)
+async def _hear_the_rest(socket: WebSocketConnection, hearing: _Hearing) -> NoReturn:
+    """Hear the messages that the sieve leaves to trio-websocket, until the connection is closed, which raises."""
+    while True:
+        message = await socket.get_message()
+        if isinstance(message, str):
+            hearing.text(message)
+        else:
+            hearing.binary(message)
 
 
 async def _keep_pinging(socket: WebSocketConnection, times: ListenerTimes) -> None:

@@ -31,7 +31,7 @@ class _Frame(msgspec.Struct):
 _decoder = msgspec.json.Decoder(_Frame)
 
 
-def parse_event(frame: str) -> EngineEvent:
+def parse_event(frame: str | memoryview) -> EngineEvent:
     """Parse one text frame.
 
     Raises:
@@ -39,7 +39,7 @@ def parse_event(frame: str) -> EngineEvent:
     """
     try:
         decoded = _decoder.decode(frame)
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise UnreadableFrame(str(exc)) from exc
     prompt_id = decoded.data.get("prompt_id")
     return EngineEvent(

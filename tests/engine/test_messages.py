@@ -50,3 +50,8 @@ def test_data_is_kept_whole_with_large_integers_exact() -> None:
 def test_a_frame_that_makes_no_sense_is_one_kind_of_error(frame: str) -> None:
     with pytest.raises(UnreadableFrame):
         parse_event(frame)
+
+
+def test_a_text_that_is_no_utf_8_is_such_an_error_too() -> None:
+    with pytest.raises(UnreadableFrame):
+        parse_event(memoryview(b'{"type":"x","data":{"a":"\xff"}}'))
