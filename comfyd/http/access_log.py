@@ -14,6 +14,8 @@ import structlog
 import trio
 from hypercorn.typing import ASGIFramework, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
 
+from comfyd.http.server import DISCONNECT
+
 log = structlog.get_logger("comfyd.http.access")
 
 OTHER: Final = "other"
@@ -122,6 +124,12 @@ class AccessLog:
             elif message["type"] == "http.response.start":
                 noted.status = message["status"]
 
+        def note_gone() -> None:
+            noted.gone = not noted.whole
+
+        extension: Any = scope.get("extensions", {}).get(DISCONNECT)
+        if extension is not None:
+            extension["on_disconnect"](note_gone)
         ended = "failed"
         token = _noted.set(noted)
         try:

@@ -5,6 +5,7 @@ that must be let go at the end of an answer is let go in a ``finally`` around it
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import attrs
@@ -21,6 +22,7 @@ from comfyd.http.problems import (
     problem,
     unsupported_media_type,
 )
+from comfyd.http.server import DISCONNECT
 from comfyd.wire import encode_json
 
 log = structlog.get_logger("comfyd.http")
@@ -207,11 +209,20 @@ async def guarded(send: ASGISendCallable, endpoint: Callable[[ASGISendCallable],
         await send_failure(send, INTERNAL)
 
 
-async def until_client_gone(receive: ASGIReceiveCallable, work: Callable[[], Awaitable[None]]) -> None:
-    """Run *work*, cancelling it when the client leaves. The request's body must have been received."""
+async def until_client_gone(exchange: Exchange, work: Callable[[], Awaitable[None]]) -> None:
+    """Run *work*, cancelling it when the client leaves. The request's body must have been received.
+
+    Our server calls when that happens; of any other we have to keep asking, which takes a task.
+    """
+    extension: Any = exchange.scope.get("extensions", {}).get(DISCONNECT)
+    if extension is not None:
+        with trio.CancelScope() as scope:
+            extension["on_disconnect"](partial(scope.cancel, "the client has gone"))
+            await work()
+        return
 
     async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
+        while (await exchange.receive())["type"] != "http.disconnect":
             pass
         nursery.cancel_scope.cancel("the client has gone")
 

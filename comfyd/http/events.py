@@ -73,7 +73,7 @@ class EventStreams:
         self.watching += 1
         try:
             seen = self._revision_of(job, last_id)
-            await until_client_gone(exchange.receive, lambda: self._follow(exchange.send, job, seen))
+            await until_client_gone(exchange, lambda: self._follow(exchange.send, job, seen))
         finally:
             self.watching -= 1
 

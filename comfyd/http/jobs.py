@@ -117,7 +117,7 @@ class JobsEndpoint:
             await send_json(exchange.send, 200, job_view(job, self.service))
 
         if wait_s and job.outcome is None:
-            await until_client_gone(exchange.receive, answer)
+            await until_client_gone(exchange, answer)
         else:
             await send_json(exchange.send, 200, job_view(job, self.service))
 

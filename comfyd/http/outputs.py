@@ -106,7 +106,7 @@ async def _send_file(exchange: Exchange, file: int, output: OutputFile, etag: st
     if part is not None:
         headers.append((b"content-range", f"bytes {part.begin}-{part.end - 1}/{output.size_bytes}".encode()))
     await start(exchange.send, 200 if part is None else 206, content_type(output.media_type), headers)
-    await until_client_gone(exchange.receive, lambda: _send_part(exchange, file, part or whole))
+    await until_client_gone(exchange, lambda: _send_part(exchange, file, part or whole))
 
 
 async def _send_part(exchange: Exchange, file: int, part: Part) -> None:

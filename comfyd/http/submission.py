@@ -84,7 +84,7 @@ async def submit_and_answer(service: JobService, exchange: Exchange, submission:
         async def answer() -> None:
             await _answer(exchange, job, await job.wait_final())
 
-        await until_client_gone(exchange.receive, answer)
+        await until_client_gone(exchange, answer)
 
 
 async def _submit(service: JobService, submission: Submission) -> Job:

@@ -16,12 +16,12 @@ pins.check(("hypercorn",), pins.SERVER_MODULES)
 
 from comfyd.http.server.config import HttpServerConfig, TlsFiles  # noqa: E402 -- what follows relies on what was checked
 from comfyd.http.server.serve import serve_http  # noqa: E402
-from comfyd.http.server.streams import FRAMES_TOGETHER  # noqa: E402
+from comfyd.http.server.streams import DISCONNECT, FRAMES_TOGETHER  # noqa: E402
 
 if TYPE_CHECKING:
     from comfyd.http.server.quart import HardenedQuart
 
-__all__ = ["FRAMES_TOGETHER", "HardenedQuart", "HttpServerConfig", "TlsFiles", "serve_http"]
+__all__ = ["DISCONNECT", "FRAMES_TOGETHER", "HardenedQuart", "HttpServerConfig", "TlsFiles", "serve_http"]
 
 
 def __getattr__(name: str) -> Any:

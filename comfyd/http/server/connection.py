@@ -37,7 +37,7 @@ from hypercorn.typing import ASGIFramework
 from comfyd.http.server.certificate import Certificate
 from comfyd.http.server.config import HttpServerConfig
 from comfyd.http.server.head import RequestHead
-from comfyd.http.server.streams import FRAMES_TOGETHER, HttpStream, Inbox, WsStream
+from comfyd.http.server.streams import DISCONNECT, FRAMES_TOGETHER, HttpStream, Inbox, WsStream
 from comfyd.http.server.tls import HandshakeFailed, Handshakes, TlsLayer
 from comfyd.http.server.transport import NEVER, PIECE_BYTES, Transport
 
@@ -363,7 +363,8 @@ class Connection:
         )
         if isinstance(stream, HttpStream):
             stream.inbox = Inbox(self._config.max_queued_pieces, {"type": "http.disconnect"})
-            stream.flush = self._transport.flush
+            stream.send_head = self._hold_head
+            stream.send_body = partial(self._send_body, stream)
         else:
             stream.inbox = Inbox(
                 self._config.max_queued_pieces, {"type": "websocket.disconnect", "code": 1006, "reason": ""}
@@ -375,8 +376,10 @@ class Connection:
         """Start *app* for the stream being opened, and return where to put its messages (Hypercorn's TaskGroup)."""
         stream = self._stream
         assert stream is not None, "streams are opened by _begin only"  # noqa: S101
-        if scope["type"] == "websocket":
+        if isinstance(stream, WsStream):
             scope["extensions"][FRAMES_TOGETHER] = {}
+        else:
+            scope["extensions"][DISCONNECT] = {"on_disconnect": stream.on_disconnect}
         self._nursery.start_soon(self._run_app, app, scope, stream)
         return stream.inbox.put
 
@@ -423,12 +426,7 @@ class Connection:
                 self._hold(h11.InformationalResponse(status_code=event.status_code, headers=event.headers))
                 await self._transport.flush()
                 return
-            headers = [*event.headers, *self._service.hypercorn.response_headers("h11")]
-            last = self._draining or self.requests >= self._config.max_requests_per_connection
-            if last or self._body_withheld:  # the client may still send the body, or not: nobody could tell
-                headers.append((b"connection", b"close"))
-            # Held back until the first piece of the body, as ASGI asks for, so that both leave in one packet.
-            self._hold(h11.Response(status_code=event.status_code, headers=headers))
+            self._hold_head(event.status_code, event.headers)
         elif isinstance(event, Body):
             self._hold(h11.Data(data=event.data))
             await self._transport.flush()
@@ -438,6 +436,25 @@ class Connection:
         elif isinstance(event, Data):
             self._transport.hold(event.data)
             await self._transport.flush()
+
+    def _hold_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """Keep the head until the first piece of the body, as ASGI asks for, so that both leave in one packet."""
+        headers = [*headers, *self._service.hypercorn.response_headers("h11")]
+        last = self._draining or self.requests >= self._config.max_requests_per_connection
+        if last or self._body_withheld:  # the client may still send the body, or not: nobody could tell
+            headers.append((b"connection", b"close"))
+        self._hold(h11.Response(status_code=status, headers=headers))
+
+    async def _send_body(self, stream: HttpStream, data: bytes, more: bool) -> None:
+        """Send a piece of the body, and the end with it if there is no *more*."""
+        if data:
+            self._hold(h11.Data(data=data))
+        if not more:
+            self._hold(h11.EndOfMessage())
+        await self._transport.flush()
+        if not more and not stream.closed:
+            stream.answered()
+            self._end_stream()
 
     def _hold(self, event: h11.Event) -> None:
         pieces = self._h11.send_with_data_passthrough(event)

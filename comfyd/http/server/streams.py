@@ -5,7 +5,8 @@ is changed here: an app hears of the end of its client at once and as often as i
 and what a websocket client can do wrong ends that websocket instead of the server.
 """
 
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final
 
 import structlog
@@ -14,6 +15,7 @@ from hypercorn.protocol.events import Data, EndData, Event, StreamClosed
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 from hypercorn.protocol.ws_stream import ASGIWebsocketState, FrameTooLargeError, WSStream
 from hypercorn.typing import ASGISendEvent, WebsocketAcceptEvent
+from hypercorn.utils import build_and_validate_headers, suppress_body
 from wsproto.connection import ConnectionState
 from wsproto.events import BytesMessage, CloseConnection, Message, Ping, TextMessage
 from wsproto.frame_protocol import CloseReason
@@ -25,6 +27,11 @@ log = structlog.get_logger("comfyd.http")
 FRAMES_TOGETHER: Final = "comfyd.websocket.frames"
 
 
+#: An ASGI extension of ours: with ``on_disconnect`` an app registers a call for the case that its client leaves, which
+#: takes no task that waits for ``http.disconnect``.
+DISCONNECT: Final = "comfyd.disconnect"
+
+
 class ClientGone(ConnectionError):
     """The app sends to a client that left. ASGI 2.4 asks for an ``OSError``, so that apps which never look end too."""
 
@@ -32,39 +39,54 @@ class ClientGone(ConnectionError):
 class Inbox:
     """What the app has yet to receive, bounded; once closed it says *farewell* for ever.
 
-    The bound is the back-pressure: when an app does not take its request body, we stop reading the socket.
+    The bound is the back-pressure: when an app does not take its request body, we stop reading the socket. Who finds
+    room, or a message, goes on at once: a memory channel gives way to the scheduler each time, 100 us for each request.
     """
 
     def __init__(self, size: int, farewell: dict[str, Any]) -> None:
-        self._send, self._receive = trio.open_memory_channel[Any](size)
         self.farewell = farewell
+        self._size = size
+        self._messages: deque[Any] = deque()
+        self._closed = False
+        self._readers = trio.lowlevel.ParkingLot()
+        self._writers = trio.lowlevel.ParkingLot()
 
     async def put(self, message: Any) -> None:
         """Wait for room and leave *message*; without effect once closed."""
-        try:
-            await self._send.send(message)
-        except trio.ClosedResourceError:  # the app answered without reading on, or was told that the client left
-            return
+        while len(self._messages) >= self._size and not self._closed:
+            await self._writers.park()
+        if not self._closed:  # else the app answered without reading on, or was told that the client left
+            self._messages.append(message)
+            self._readers.unpark()
 
     def close(self) -> None:
         """Tell the app, after what is queued, that nothing more will come."""
-        self._send.close()
+        self._closed = True
+        self._readers.unpark_all()
+        self._writers.unpark_all()
 
     async def receive(self) -> Any:
         """The ASGI ``receive`` of the app."""
-        try:
-            return await self._receive.receive()
-        except trio.EndOfChannel:
-            return dict(self.farewell)
+        while not self._messages:
+            if self._closed:
+                await trio.lowlevel.checkpoint()  # an app may ask for ever
+                return dict(self.farewell)
+            await self._readers.park()
+        self._writers.unpark()
+        return self._messages.popleft()
 
 
 class HttpStream(HTTPStream):
     """One HTTP request and its answer."""
 
     inbox: Inbox
-    #: Writes out what the connection holds back to send it with the first piece of the body.
-    flush: Callable[[], Any]
-    unheard = False
+    #: Holds back the head of the answer; sends a piece of the body, after what is held back, and the end with the last.
+    send_head: Callable[[int, list[tuple[bytes, bytes]]], None]
+    send_body: Callable[[bytes, bool], Awaitable[None]]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._on_disconnect: list[Callable[[], None]] = []
 
     async def handle(self, event: Event) -> None:
         """Take a protocol event. Unlike Hypercorn's, the end of the stream is told without waiting."""
@@ -77,15 +99,50 @@ class HttpStream(HTTPStream):
         """End the stream: no answer goes out from now on, and the app hears ``http.disconnect``."""
         self.closed = True
         self.inbox.close()
+        if self.state is not ASGIHTTPState.CLOSED:  # else the answer is out
+            for call in self._on_disconnect:
+                call()
+        self._on_disconnect.clear()
+
+    def on_disconnect(self, call: Callable[[], None]) -> None:
+        """Have *call* called if the client leaves before the answer is out, at once if it has (:data:`DISCONNECT`)."""
+        if not self.closed:
+            self._on_disconnect.append(call)
+        elif self.state is not ASGIHTTPState.CLOSED:
+            call()
 
     async def app_send(self, message: ASGISendEvent | None) -> None:
-        """The ASGI ``send`` of the app; None when the app returned or failed."""
+        """The ASGI ``send`` of the app; None when the app returned or failed.
+
+        The two messages of which answers consist take a way of their own, without Hypercorn's events between here and
+        the connection; all that is rare, or wrong, is left to Hypercorn.
+        """
         if self.closed and message is not None and self.state is not ASGIHTTPState.CLOSED:
             await trio.lowlevel.checkpoint()  # or an app that swallows the error in a loop would stop the world
             raise ClientGone("the client has left")
-        await super().app_send(message)
-        if message is not None and message["type"] == "http.response.body" and message.get("more_body", False):
-            await self.flush()  # an empty first piece means: send the header now (event streams do so)
+        if message is not None and message["type"] == "http.response.start" and self.state is ASGIHTTPState.REQUEST:
+            self.response = message
+            self.send_head(int(message["status"]), build_and_validate_headers(message.get("headers", [])))
+            self.state = ASGIHTTPState.RESPONSE
+        elif (
+            message is not None
+            and message["type"] == "http.response.body"
+            and self.state is ASGIHTTPState.RESPONSE
+            and not self.response.get("trailers", False)
+        ):
+            data = bytes(message.get("body", b""))
+            if suppress_body(self.scope["method"], int(self.response["status"])):
+                data = b""
+            more = bool(message.get("more_body", False))
+            await self.send_body(data, more)  # an empty first piece means: send the head now (event streams do so)
+            if not more:
+                self.state = ASGIHTTPState.CLOSED
+        else:
+            await super().app_send(message)
+
+    def answered(self) -> None:
+        """The whole answer is with the kernel."""
+        self.state = ASGIHTTPState.CLOSED
 
 
 class WsStream(WSStream):
