@@ -186,6 +186,8 @@ class Job:
     clock: Clock = attrs.field(factory=Clock)
     progress: Progress = attrs.field(factory=Progress)
     changed: trio.Event = attrs.field(factory=trio.Event)
+    told: trio.Event = attrs.field(factory=trio.Event)
+    """Set when it has its outcome: callers wait for that one, and are not woken by each change before."""
     scope: trio.CancelScope | None = None
     """What is to be cancelled if the job is, while somebody works on it."""
     workflow: str = ""
@@ -263,6 +265,7 @@ class Job:
             self.started_at = now
         elif state.final:
             self.ended_at = now if self.ended_at is None else self.ended_at
+            self.told.set()
         self.states.append(StateChange(revision=self.revision + 1, state=state, at=now))
         self.touch()
 
@@ -286,7 +289,7 @@ class Job:
     async def wait_final(self) -> Outcome:
         """Wait for the outcome."""
         while self.outcome is None:
-            await self.changed.wait()
+            await self.told.wait()
         return self.outcome
 
 

@@ -35,8 +35,6 @@ from comfyd.media.kept import KeptOutputs
 
 log = structlog.get_logger("comfyd.jobs")
 
-_FINISHING_AHEAD: Final = 16
-"""Executions that wait for the finishing task before the runner waits for it: it only smooths bursts of tiny jobs."""
 _FINISHING_AT_ONCE: Final = 64
 """Jobs that are converted and uploaded at a time. When storage is slower than the engine, the engine waits: outputs
 that nobody takes would fill the disk."""
@@ -71,17 +69,18 @@ class Runner:
     _finishing_slots: trio.Semaphore = attrs.field(factory=lambda: trio.Semaphore(_FINISHING_AT_ONCE))
 
     async def serve(self) -> None:
-        """Hand jobs to the engine until cancelled, or until the engine is gone for good; then every job is told."""
-        send, receive = trio.open_memory_channel[tuple[Job, Execution]](_FINISHING_AHEAD)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._serve_finishing, receive)
-            with send:
-                try:
-                    await self._serve_engine(send)
-                except EngineLost as exc:
-                    self.service.engine_gone(str(exc))
+        """Hand jobs to the engine until cancelled, or until the engine is gone for good; then every job is told.
 
-    async def _serve_engine(self, finishing: trio.MemorySendChannel[tuple[Job, Execution]]) -> NoReturn:
+        What it made is finished by a task for each, so that a slow disk or upload under one job does not hold up the
+        next.
+        """
+        async with trio.open_nursery() as finishing:
+            try:
+                await self._serve_engine(finishing)
+            except EngineLost as exc:
+                self.service.engine_gone(str(exc))
+
+    async def _serve_engine(self, finishing: trio.Nursery) -> NoReturn:
         while True:
             await self.engine.wait_up()
             if not self.engine.warm:
@@ -93,21 +92,17 @@ class Runner:
                 continue
             execution = await self._run(job)
             if execution is not None:
-                await finishing.send((job, execution))
-
-    async def _serve_finishing(self, executions: trio.MemoryReceiveChannel[tuple[Job, Execution]]) -> None:
-        # A task for each, so that a slow disk or upload under one job does not hold up the next.
-        async def finish(job: Job, execution: Execution) -> None:
-            try:
-                await self._finish(job, execution)
-            finally:
-                self._finishing_slots.release()
-
-        with executions:
-            async with trio.open_nursery() as nursery:
-                async for job, execution in executions:
+                try:
+                    self._finishing_slots.acquire_nowait()  # the usual case, without a turn of the scheduler
+                except trio.WouldBlock:
                     await self._finishing_slots.acquire()
-                    nursery.start_soon(finish, job, execution)
+                finishing.start_soon(self._finish_in_its_slot, job, execution)
+
+    async def _finish_in_its_slot(self, job: Job, execution: Execution) -> None:
+        try:
+            await self._finish(job, execution)
+        finally:
+            self._finishing_slots.release()
 
     async def deliver_again(self, job: Job, execution: Completed, outputs: tuple[OutputFile, ...]) -> None:
         """Deliver what a job had made when an earlier daemon ended; no engine is needed for it."""

@@ -1,6 +1,8 @@
 """From what nodes reported to files that can be delivered, in an order that never changes."""
 
 import mimetypes
+import os
+import stat
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any, Final
 
 import attrs
 
-from comfyd.media.files import confined
+from comfyd.media.files import confined_to
 
 _MORE_TYPES: Final = {
     ".webp": "image/webp",
@@ -78,10 +80,7 @@ def collect(
         if record.path is None:
             refused.append((record.node_id, record.filename))
             continue
-        try:
-            size_bytes = record.path.stat().st_size if record.path.is_file() else None
-        except OSError:
-            size_bytes = None
+        size_bytes = _size_bytes(record.path)
         if size_bytes is None:
             missing.append((record.node_id, record.filename))
         elif record.path not in found:
@@ -98,6 +97,15 @@ def collect(
     return Collection(found=files, missing=tuple(missing), refused=tuple(refused))
 
 
+def _size_bytes(path: Path) -> int | None:
+    """The size of the file at *path*; None if there is none, or something else."""
+    try:
+        found = os.stat(path)  # each output of each job comes by here, and this takes half the time
+    except (OSError, ValueError):  # the latter: a name that no file system could have
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
 def _read_along(file: OutputFile) -> OutputFile:
     try:
         data = file.path.read_bytes()
@@ -112,6 +120,7 @@ def records(graph: Mapping[str, Any], outputs: Mapping[str, Mapping[str, Any]], 
     Custom nodes use keys of their own (``gifs``, ``result``, ...). Files of type ``temp`` are previews and ``input``
     files are not made by the job; both are passed over.
     """
+    real_root = os.path.realpath(output_dir)
     order = {node_id: place for place, node_id in enumerate(graph)}
     for node_id in sorted(outputs, key=lambda node: (order.get(node, len(order)), node)):
         for items in outputs[node_id].values():
@@ -120,11 +129,12 @@ def records(graph: Mapping[str, Any], outputs: Mapping[str, Mapping[str, Any]], 
                     continue
                 filename, subfolder = item.get("filename"), item.get("subfolder") or ""
                 if isinstance(filename, str) and filename and isinstance(subfolder, str):
-                    path = confined(output_dir, subfolder, filename)
-                    yield Record(node_id=node_id, filename=Path(filename).name, path=path)
+                    path = confined_to(real_root, subfolder, filename)
+                    name = Path(filename).name if "/" in filename else filename
+                    yield Record(node_id=node_id, filename=name, path=path)
 
 
 def media_type(filename: str) -> str:
     """The media type that *filename*'s ending stands for; ``application/octet-stream`` if it is not known."""
-    ending = Path(filename).suffix.lower()
+    ending = os.path.splitext(filename)[1].lower()  # a fifth of the time
     return _MORE_TYPES.get(ending) or mimetypes.types_map.get(ending) or "application/octet-stream"

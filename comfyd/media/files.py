@@ -5,6 +5,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterable
@@ -107,13 +108,34 @@ def _is_held(folder: Path) -> bool:
 
 def confined(root: Path, *parts: str) -> Path | None:
     """Join *parts* to *root*; None if that leaves *root*, by ``..``, an absolute part or a symbolic link."""
+    return confined_to(os.path.realpath(root), *parts)
+
+
+def confined_to(real_root: str, *parts: str) -> Path | None:
+    """Join *parts* to *real_root*, a path without symbolic links, as :func:`confined` does."""
     if any("\0" in part for part in parts):
         return None
-    resolved_root = os.path.realpath(root)
-    resolved = os.path.realpath(os.path.join(resolved_root, *parts))
-    if resolved == resolved_root or not resolved.startswith(resolved_root.rstrip("/") + "/"):
-        return None
-    return Path(resolved)
+    joined = os.path.join(real_root, *parts)
+    root = real_root.rstrip("/") + "/"
+    # The usual case is a name in the folder or one below it: the root need not be walked from the top again.
+    resolved = joined if joined.startswith(root) and _is_plain(root, joined) else os.path.realpath(joined)
+    return Path(resolved) if resolved.startswith(root) and resolved != root else None
+
+
+def _is_plain(root: str, path: str) -> bool:
+    """Whether *path*, which begins with *root*, has below it neither ``.``, ``..``, an empty part nor a link."""
+    place = root
+    for name in path[len(root) :].split("/"):
+        if name in {"", ".", ".."}:
+            return False
+        place += name
+        try:
+            if stat.S_ISLNK(os.lstat(place).st_mode):
+                return False
+        except OSError:
+            return False
+        place += "/"
+    return True
 
 
 def remove_outputs(output_dir: Path, made: Iterable[Path], prefixes: Iterable[str], *, job_id: str) -> None:
