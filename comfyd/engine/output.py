@@ -166,10 +166,9 @@ async def forward_lines(
 ) -> None:
     """Read *source* to its end and hand its lines to *on_line*, at a bounded rate and a few between checkpoints."""
 
-    async def show(texts: list[str]) -> None:
+    def show(texts: list[str]) -> None:
         for text in texts:
             on_line(OutputLine(stream=stream, text=text))
-        await trio.lowlevel.checkpoint()
 
     splitter = LineSplitter()
     budget = LineBudget(trio.current_time())
@@ -184,7 +183,8 @@ async def forward_lines(
         if flood and (ended or now >= flood.ends_at):
             notice, kept = flood.end()
             flood = None
-            await show([notice, *splitter.feed(kept, now)])
+            show([notice, *splitter.feed(kept, now)])
+            await trio.lowlevel.checkpoint()
         rest = data or b""
         while rest and not flood:
             allowed = min(budget.available(now), LINES_PER_PASS)
@@ -197,10 +197,12 @@ async def forward_lines(
                 splitter.finish()  # the beginning of a line whose end the flood counts
                 flood = Flood(now)
                 break
-            await show(splitter.feed(part, now))
+            show(splitter.feed(part, now))
+            if rest:  # else reading on gives the others their turn
+                await trio.lowlevel.checkpoint()
         if flood:
             flood.add(rest)
-    await show(splitter.finish())
+    show(splitter.finish())
 
 
 def _cut_after_lines(data: bytes, count: int) -> tuple[bytes, bytes]:

@@ -7,6 +7,7 @@ progress bars look like, then a few words. What says nothing is information.
 
 import re
 from enum import Enum, auto
+from functools import lru_cache
 from typing import Final, Literal, TypeAlias
 
 from comfyd.engine.output import OutputLine
@@ -60,6 +61,7 @@ _DOUBTFUL: Final = re.compile(
 )
 
 
+@lru_cache(maxsize=256)  # ComfyUI says the same two lines with every prompt, and eight patterns are 30 us
 def level_of(text: str) -> Level:
     """Guess the level of a line that stands for itself."""
     head = text[:_LOOKED_AT]
