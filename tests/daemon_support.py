@@ -245,7 +245,7 @@ class Daemon:
         assert self.process.poll() is not None, "it has not ended"
         left = {pid: _command_line(pid) for pid in self.family.alive()}
         assert not left, f"processes are left: {left}"
-        assert self.job_files() == []
+        assert not (files := self.job_files()), f"files are left: {files}"
         self.assert_no_bug()
 
     # --- talking

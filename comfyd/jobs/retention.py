@@ -17,6 +17,8 @@ log = structlog.get_logger("comfyd.jobs")
 _EVERY_S: Final = 60.0
 _MAX_JOBS: Final = 100_000
 """Ended jobs that are remembered at most, whatever their age: some kilobytes of disk each."""
+_LAST_REMOVAL_S: Final = 1.0
+"""What is left after it goes with the next start's sweep."""
 _REMOVING: Final = trio.CapacityLimiter(1)
 
 
@@ -38,20 +40,29 @@ class Retention:
     async def serve(self) -> NoReturn:
         """Look every minute, until cancelled. What a killed daemon left behind of forgotten jobs goes first."""
         swept = False
-        while True:
-            try:
-                if not swept:
-                    await self._sweep()
-                    swept = True
-                await self._forget_expired()
-            except JournalUnavailable as exc:
-                log.warning("retention.not_possible", reason=str(exc))
-            with trio.move_on_after(_EVERY_S):
-                while True:
-                    await self._woken.wait()
-                    self._woken = trio.Event()
-                    keys, self._removed = self._removed, []
-                    await trio.to_thread.run_sync(self.kept.remove, keys, limiter=_REMOVING)
+        try:
+            while True:
+                try:
+                    if not swept:
+                        await self._sweep()
+                        swept = True
+                    await self._forget_expired()
+                except JournalUnavailable as exc:
+                    log.warning("retention.not_possible", reason=str(exc))
+                with trio.move_on_after(_EVERY_S):
+                    while True:
+                        await self._remove_deleted()
+                        await self._woken.wait()
+        finally:  # who was told that they are gone must not find them after our end
+            with trio.move_on_after(_LAST_REMOVAL_S, shield=True):
+                await self._remove_deleted()
+
+    async def _remove_deleted(self) -> None:
+        self._woken = trio.Event()
+        while self._removed:
+            keys = tuple(self._removed)
+            await trio.to_thread.run_sync(self.kept.remove, keys, limiter=_REMOVING)
+            del self._removed[: len(keys)]
 
     async def _sweep(self) -> None:
         # In this order: a job that comes meanwhile is known before anything is kept of it.
