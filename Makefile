@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-all check format docs bench binary lock clean
+.PHONY: help demo test test-stalls test-all check format docs bench binary lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -25,8 +25,14 @@ $(VENV)/.dev: $(VENV)/.runtime requirements/dev.txt
 demo: $(VENV)/.runtime  ## set up, start the daemon with its small engine, run a prompt, show the picture, stop
 	@$(BIN)/comfyd demo
 
+# By files: what a file's tests share (a daemon, an S3 server) is started once.
+TESTING := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 test: $(VENV)/.dev  ## set up and run the tests
-	$(BIN)/python -m pytest
+	$(TESTING)
+
+test-stalls: $(VENV)/.dev  ## the tests, failing where our code holds its loop up for 50 ms
+	$(TESTING) -p stall_guard_plugin
 
 check: $(VENV)/.dev  ## ruff (lint and format), mypy --strict, flake8-async
 	$(BIN)/ruff check .
