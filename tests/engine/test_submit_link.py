@@ -45,15 +45,15 @@ class Server:
 @asynccontextmanager
 async def serving(*answers: bytes, host: str = "127.0.0.1") -> AsyncIterator[tuple[Server, SubmitLink]]:
     server = Server(list(answers))
-    async with trio.open_nursery() as nursery:
-        listeners = await trio.open_tcp_listeners(0, host=host)
-        server.port = listeners[0].socket.getsockname()[1]
-        nursery.start_soon(trio.serve_listeners, server.serve, listeners)
-        link = SubmitLink(host=host, port=server.port, path="/prompt")
-        with trio.fail_after(10):
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            listeners = await trio.open_tcp_listeners(0, host=host)
+            server.port = listeners[0].socket.getsockname()[1]
+            await nursery.start(trio.serve_listeners, server.serve, listeners)
+            link = SubmitLink(host=host, port=server.port, path="/prompt")
             yield server, link
-        link.end()
-        nursery.cancel_scope.cancel("the test is over")
+            link.end()
+            nursery.cancel_scope.cancel("the test is over")
 
 
 async def test_requests_follow_each_other_on_one_connection_and_say_their_length() -> None:
