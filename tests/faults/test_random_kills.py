@@ -28,7 +28,9 @@ LIVE_S: Final = 1.2
 START_S: Final = 1.0
 """About what a start takes until all that the last daemon left goes on."""
 ROUNDS: Final = int(os.environ.get("FAULT_ROUNDS", "1"))
-FIRST_SEED: Final = int(os.environ.get("FAULT_SEED", int(time.time())))
+RUN: Final = os.environ.get("PYTEST_XDIST_TESTRUNUID", "")
+"""Of pytest-xdist: its workers have to find the same tests."""
+FIRST_SEED: Final = int(os.environ.get("FAULT_SEED") or (int(RUN[:8], 16) if RUN else time.time()))
 
 # No number of engines lost may make a job or the daemon give up here: who is the cause is known.
 PATIENT: Final = {
