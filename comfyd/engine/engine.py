@@ -120,6 +120,9 @@ class Engine:
         """Say that this engine must not go on: its supervisor stops the process and treats it as failed by *error*."""
         if self._verdict is None:  # the first reason is the true one; what follows may come of it
             self._verdict = error
+            if self.up:  # no longer: its supervisor looks a moment later, and until then it would be given the next job
+                self.state = EngineState.DOWN
+                self.last_failure, self.last_cause = str(error), error.cause
             self._notify()
 
     @property

@@ -568,6 +568,12 @@ async def test_a_condemned_engine_is_down_before_its_supervisor_learns_why(
     assert raised == [verdict]
 
 
+async def test_a_condemned_engine_is_given_nothing_more_whoever_has_his_turn_first(bench: Bench) -> None:
+    bench.engine.condemn(EngineExited(3))
+    assert not bench.engine.up, "a runner that is woken before the supervisor would hand it the next job"
+    assert bench.engine.last_failure == str(EngineExited(3))
+
+
 async def test_a_new_life_is_not_condemned_by_an_old_verdict(bench: Bench, autojump_clock: MockClock) -> None:
     bench.engine.condemn(EngineExited(3))
     bring_up(bench.engine, ScriptedClient())
