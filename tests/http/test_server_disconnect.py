@@ -209,3 +209,36 @@ async def test_a_bug_in_a_handler_that_is_being_cancelled_is_logged(log_output: 
     events = [entry for entry in log_output.entries if entry["event"] == "http.handler_failed_while_cancelled"]
     assert len(events) == 1
     assert events[0]["exc_info"].subgroup(LookupError) is not None
+
+
+@pytest.mark.parametrize("sends", [0, 1, 2])
+async def test_a_send_that_finds_the_client_gone_is_told_by_quart_as_what_it_is(sends: int) -> None:
+    """The last one is for nothing but the end: a client that has all of its answer may have left by then."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        if len(sent) == sends:
+            raise ConnectionError("the client has left")
+        sent.append(message)
+
+    messages = [{"type": "http.request", "body": b"", "more_body": False}]
+
+    async def receive() -> Any:
+        if not messages:
+            await trio.sleep_forever()
+        return messages.pop()
+
+    scope: Any = {
+        "type": "http", "http_version": "1.1", "asgi": {"version": "3.0", "spec_version": "2.1"}, "method": "GET",
+        "scheme": "http", "path": "/hello", "raw_path": b"/hello", "query_string": b"", "root_path": "",
+        "headers": [(b"host", b"test")], "client": None, "server": ("test", 80), "state": {}, "extensions": {},
+    }  # fmt: skip
+    with trio.fail_after(5):
+        try:
+            await quart_app()(scope, receive, send)
+        except* ConnectionError:
+            pass
+        else:
+            pytest.fail("nothing was told")
+    assert len(sent) == sends
