@@ -17,6 +17,7 @@ log = structlog.get_logger("comfyd.jobs")
 _EVERY_S: Final = 60.0
 _MAX_JOBS: Final = 100_000
 """Ended jobs that are remembered at most, whatever their age: some kilobytes of disk each."""
+_REMOVED_AT_ONCE: Final = 64
 _LAST_REMOVAL_S: Final = 1.0
 """What is left after it goes with the next start's sweep."""
 _REMOVING: Final = trio.CapacityLimiter(1)
@@ -60,7 +61,7 @@ class Retention:
     async def _remove_deleted(self) -> None:
         self._woken = trio.Event()
         while self._removed:
-            keys = tuple(self._removed)
+            keys = tuple(self._removed[:_REMOVED_AT_ONCE])  # a thread cannot be cut off, only followed by no other
             await trio.to_thread.run_sync(self.kept.remove, keys, limiter=_REMOVING)
             del self._removed[: len(keys)]
 
